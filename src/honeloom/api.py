@@ -1,0 +1,203 @@
+"""The verbs as Python functions: same names and settings as the commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from honeloom.config.base import validate
+from honeloom.config.load import load_yaml
+from honeloom.config.recipe import load_recipe
+from honeloom.errors import ConfigError
+from honeloom.registry import load_target
+from honeloom.runs.log import Console
+from honeloom.runs.output import Mode, is_complete
+from honeloom.stages.inputs import Resolver, resolve_model
+from honeloom.stages.pipeline import plan_recipe, run_recipe
+from honeloom.stages.runner import prepare, run_job
+from honeloom.types.plans import StagePlan
+from honeloom.types.report import Report
+from honeloom.verbs import VERBS
+
+__all__ = ["drop", "evaluate", "load_model", "merge", "plan", "run", "select", "tune"]
+
+PathLike = str | Path
+
+
+def select(rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
+    """Choose the rows worth training on.
+
+    Parameters
+    ----------
+    rows : path, glob, hub id, `lab:` split, or a sequence of them
+        Rows to choose from.
+    output_dir : path
+        Where `selected.*`, `scores.parquet` and the report go.
+    **options
+        Settings of `honeloom.selection.config.SelectConfig` (method, model, keep, ...), and
+        `mode` ("new", "resume", "overwrite") and `console`.
+
+    Returns
+    -------
+    Report
+        `path` is the file of selected rows.
+
+    Raises
+    ------
+    InputError
+        A setting, the rows or the model cannot be used.
+    """
+    return _run_verb("select", output_dir, {"rows": _texts(rows), **options})
+
+
+def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
+    """Tune a model on rows: LoRA (default) or full.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        The model to tune.
+    rows : path, glob, hub id, `lab:` split, or a sequence of them
+        Instruction rows or plain text.
+    output_dir : path
+        Where the adapter (or model) goes.
+    **options
+        Settings of `honeloom.tuning.config.TuneConfig`, and `mode` and `console`.
+
+    Raises
+    ------
+    InputError
+        A setting, the rows or the model cannot be used.
+    NotFiniteError
+        The loss became NaN or infinite; nothing is published.
+    """
+    return _run_verb("tune", output_dir, {"model": str(model), "rows": _texts(rows), **options})
+
+
+def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: Any) -> Report:
+    """Merge models of one architecture.
+
+    Parameters
+    ----------
+    config : path or dict
+        Settings of `honeloom.merging.config.MergeConfig`, or mergekit's YAML.
+    output_dir : path
+        Where the merged model goes.
+    **options
+        Settings that replace those of `config`, and `mode` and `console`.
+
+    Raises
+    ------
+    IncompatibleModelsError
+        The models cannot be merged; the message names the field and both values.
+    """
+    data = config if isinstance(config, dict) else load_yaml(Path(config))
+    return _run_verb("merge", output_dir, {**data, **options})
+
+
+def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
+    """Drop the least important attention, MLP or blocks of a model.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        The model to make shallower.
+    output_dir : path
+        Where the model, `drop_plan.json` and `scores.json` go.
+    **options
+        Settings of `honeloom.dropping.config.DropConfig` (attention, mlp, block,
+        calibration, ...), and `mode` and `console`.
+    """
+    return _run_verb("drop", output_dir, {"model": str(model), **options})
+
+
+def evaluate(model: PathLike, *, output_dir: PathLike | None = None, **options: Any) -> Report:
+    """Measure a model per domain, with standard errors; optionally against another.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        The model to measure; an adapter folder brings its base.
+    output_dir : path, optional
+        Keeps the report and `examples.parquet`.
+    **options
+        Settings of `honeloom.evaluation.config.EvaluateConfig` (rows, tasks, against, ...),
+        and `mode` and `console`.
+    """
+    return _run_verb("evaluate", output_dir, {"model": str(model), **options})
+
+
+def run(
+    recipe: PathLike,
+    *,
+    output_dir: PathLike,
+    set: Sequence[str] = (),
+    mode: Mode = "new",
+    console: Console | None = None,
+) -> Report:
+    """Run a recipe file.
+
+    Parameters
+    ----------
+    recipe : path
+        The YAML file.
+    output_dir : path
+        The run folder.
+    set : sequence of str
+        Overrides: "model=X" sets a variable, "pick.keep=5%" a stage's key.
+    mode : {"new", "resume", "overwrite"}
+        What `output_dir` may hold. Stages that match are reused in every mode.
+    """
+    return run_recipe(load_recipe(Path(recipe), set), Path(output_dir), mode=mode, console=console)
+
+
+def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> list[StagePlan]:
+    """Say what a verb or a recipe would do; loads no weights and writes nothing.
+
+    Parameters
+    ----------
+    verb : str
+        A verb of `honeloom.verbs`, or "run" with `recipe` (and `set`).
+    output_dir : path, optional
+        Where the result would go; tells what would be reused.
+    **settings
+        As of the verb's function.
+    """
+    if verb == "run":
+        recipe = load_recipe(Path(settings["recipe"]), settings.get("set", ()))
+        return plan_recipe(recipe, Path(output_dir or "run"))
+    given = {k: v for k, v in settings.items() if v is not None}
+    job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver(fetch=False))
+    done = output_dir is not None and is_complete(Path(os.path.realpath(output_dir)), job.key)
+    return [job.plan(verb, "reuse" if done else "run")]
+
+
+def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Open any model or adapter folder that honeloom wrote, or any Hugging Face model.
+
+    Returns
+    -------
+    transformers.PreTrainedModel or peft.PeftModel
+        In evaluation mode. Safetensors only; code in repositories is never run.
+    """
+    found = resolve_model(str(model))
+    return load_target("honeloom.backends.hf.load:load_model")(
+        found.paths[0], base=found.base, device=device, dtype=dtype
+    )
+
+
+def _texts(rows: PathLike | Sequence[PathLike]) -> list[str]:
+    return [str(rows)] if isinstance(rows, str | Path) else [str(r) for r in rows]
+
+
+def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any]) -> Report:
+    """Validate settings (None means the default), find the inputs, run."""
+    mode: Mode = options.pop("mode", "new")
+    console: Console | None = options.pop("console", None)
+    if output_dir is None and verb != "evaluate":
+        raise ConfigError(f"{verb} writes its result: give an output folder (--output-dir OUT)")
+    given = {k: v for k, v in options.items() if v is not None}
+    job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver())
+    return run_job(job, Path(output_dir) if output_dir else None, mode=mode, console=console)

@@ -1,0 +1,50 @@
+"""Devices and number types: what is here, and what `auto` means."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from honeloom.errors import ConfigError
+
+__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn auto, cpu, cuda, cuda:N or mps into a device that exists here; ConfigError if it does not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(_has_mps())}[kind]
+    if int(index or 0) >= count:
+        here = [d["name"] for d in describe_devices()]
+        raise ConfigError(f"--device {name}: not on this machine, which has {', '.join(here)}; use --device auto")
+    return torch.device(name)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn auto, bf16, fp16 or fp32 into a torch dtype; auto is bf16 on capable CUDA devices, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """Name, kind and memory in bytes of every device."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    found = [{"name": platform.processor() or platform.machine(), "kind": "cpu", "memory_bytes": pages}]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append({"name": properties.name, "kind": f"cuda:{i}", "memory_bytes": properties.total_memory})
+    if _has_mps():
+        found.append({"name": "Apple GPU", "kind": "mps", "memory_bytes": pages})
+    return found

@@ -1,0 +1,1 @@
+"""Hugging Face: loading, rendering, scoring, hidden states, tuning."""

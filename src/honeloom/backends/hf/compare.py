@@ -1,0 +1,41 @@
+"""Comparing two models by their logits: the proof that a written model is the one meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["finite_logits", "logits_gap", "probe_ids"]
+
+
+@torch.inference_mode()
+def logits_gap(one: Any, other: Any, rows: Sequence[Sequence[int]]) -> float:
+    """Largest absolute difference of logits over some rows of token ids; infinity if any is NaN."""
+    gap = 0.0
+    for row in rows:
+        a = one(input_ids=torch.tensor([row], device=one.device), use_cache=False).logits.float().cpu()
+        b = other(input_ids=torch.tensor([row], device=other.device), use_cache=False).logits.float().cpu()
+        difference = float((a - b).abs().max())
+        gap = max(gap, difference if difference == difference else float("inf"))
+    return gap
+
+
+@torch.inference_mode()
+def finite_logits(model: Any, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether every logit over some rows of token ids is finite."""
+    return all(
+        bool(torch.isfinite(model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits).all())
+        for row in rows
+    )
+
+
+def probe_ids(tokenizer: Any, config: Any, seed: int, texts: Sequence[str] = ()) -> list[list[int]]:
+    """Token ids for checks: of some texts if there is a tokenizer, else seeded ones."""
+    if tokenizer is not None:
+        sample = texts or ("Once upon a time there was a small town by the sea.", "What is two plus two? It is four.")
+        return [list(tokenizer(text)["input_ids"])[:256] or [0] for text in sample]
+    generator = torch.Generator().manual_seed(seed)
+    size = config.get_text_config().vocab_size
+    return torch.randint(0, size, (2, 32), generator=generator).tolist()

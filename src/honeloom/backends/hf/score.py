@@ -1,0 +1,171 @@
+"""Losses of rows under a model: streamed, padded right, masked, accumulated in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
+from honeloom.backends.hf.load import load_model, load_tokenizer, max_positions
+from honeloom.errors import NotFiniteError, SourceError
+from honeloom.types.rows import Row
+
+__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pad_batch"]
+
+Progress = Callable[[Iterable[Row], str, int | None], Iterable[Row]]
+
+
+def _no_progress(rows: Iterable[Row], label: str, total: int | None) -> Iterable[Row]:
+    return rows
+
+
+WINDOW = 64
+"""Batches that are sorted by length together."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """Summed loss of one row in nats, over `tokens` scored tokens and `chars` characters."""
+
+    loss_sum: float
+    tokens: int
+    chars: int
+    truncated: bool
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored token; NaN if nothing is scored."""
+        return self.loss_sum / self.tokens if self.tokens else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceScore:
+    """Summed loss of every choice, and its length in characters."""
+
+    losses: tuple[float, ...]
+    chars: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def best(self, *, per_char: bool) -> int:
+        """Index of the likeliest choice; ties go to the first."""
+        values = [loss / max(1, c) if per_char else loss for loss, c in zip(self.losses, self.chars, strict=True)]
+        return values.index(min(values))
+
+
+class Scorer:
+    """A loaded model with its tokenizer: the port of methods that need losses.
+
+    Parameters
+    ----------
+    model : transformers model
+        In evaluation mode.
+    encoder : Encoder
+        Renders the rows.
+    batch_size : int
+        Rows per forward pass.
+    progress : callable, optional
+        Wraps the rows to show progress, as `Log.track`.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, batch_size: int, progress: Progress = _no_progress) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.progress = progress
+        self.unscored: list[tuple[Row, str]] = []
+
+    @classmethod
+    def open(
+        cls, path: Path, *, base: Path | None = None, device: str = "auto", dtype: str = "auto",
+        batch_size: int = 16, max_length: int | None = None, progress: Progress | None = None,
+    ) -> Scorer:  # fmt: skip
+        """Load model and tokenizer; SourceError if the folder has no tokenizer."""
+        tokenizer = load_tokenizer(path, base=base)
+        if tokenizer is None:
+            raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
+        model = load_model(path, base=base, device=device, dtype=dtype)
+        limit = max_positions(model.config, tokenizer)
+        encoder = Encoder(tokenizer, min(limit, max_length or limit))
+        return cls(model, encoder, batch_size, progress or _no_progress)
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return self.encoder.count_tokens(text)
+
+    def losses(self, rows: Iterable[Row], *, with_prompt: bool = True) -> Iterator[tuple[Row, RowLoss]]:
+        """Yield every row with its loss, in order; rows that cannot be rendered go to `unscored`."""
+        for window in _windows(self._encode(rows, with_prompt), self.batch_size * WINDOW):
+            sums = self._sums([encoded for _, encoded in window])
+            for (row, encoded), total in zip(window, sums, strict=True):
+                yield row, RowLoss(total, encoded.targets, encoded.chars, encoded.truncated)
+
+    def choices(self, rows: Iterable[Row]) -> Iterator[tuple[Row, ChoiceScore]]:
+        """Yield every multiple-choice row with the losses of its choices, in order."""
+        for window in _windows(((r, self.encoder.encode_choices(r)) for r in rows), self.batch_size * 8):
+            sums = iter(self._sums([e for _, options in window for e in options]))
+            for row, options in window:
+                losses = tuple(next(sums) for _ in options)
+                yield row, ChoiceScore(losses, tuple(e.chars for e in options), tuple(e.targets for e in options))
+
+    def _encode(self, rows: Iterable[Row], with_prompt: bool) -> Iterator[tuple[Row, Encoded]]:
+        total = len(rows) if isinstance(rows, Sized) else None
+        for row in self.progress(rows, "score rows", total):
+            try:
+                encoded = self.encoder.encode(row, empty_prompt=not with_prompt)
+            except UnrenderableRow as error:
+                self.unscored.append((row, str(error)))
+                continue
+            if not encoded.targets:
+                self.unscored.append((row, f"no scored token within {self.encoder.max_length} tokens"))
+                continue
+            yield row, encoded
+
+    def _sums(self, encoded: Sequence[Encoded]) -> list[float]:
+        """Summed loss of each, computed in batches of similar length."""
+        order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i))
+        sums = [0.0] * len(encoded)
+        for start in range(0, len(order), self.batch_size):
+            picked = order[start : start + self.batch_size]
+            for i, value in zip(picked, self._batch_sums([encoded[i] for i in picked]), strict=True):
+                sums[i] = value
+        return sums
+
+    @torch.inference_mode()
+    def _batch_sums(self, batch: Sequence[Encoded]) -> list[float]:
+        # Padding stands to the right of a causal model's tokens, so no mask is needed.
+        ids, _, labels = pad_batch(batch, self.model.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        targets = labels[:, 1:]
+        rows, columns = torch.nonzero(targets != -100, as_tuple=True)
+        losses = torch.nn.functional.cross_entropy(
+            logits[rows, columns].float(), targets[rows, columns], reduction="none"
+        ).double()
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add_(0, rows, losses)
+        if not torch.isfinite(sums).all():
+            raise NotFiniteError("the model's loss is NaN or infinite; its weights or --dtype are unusable")
+        return [float(s) for s in sums.cpu()]
+
+
+def pad_batch(batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad to the right: ids, attention mask and labels (-100 where not scored), each (B, T), int64."""
+    width = max(len(e.ids) for e in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, encoded in enumerate(batch):
+        n = len(encoded.ids)
+        ids[i, :n] = torch.tensor(encoded.ids)
+        mask[i, :n] = 1
+        labels[i, :n] = torch.where(torch.tensor(encoded.scored), ids[i, :n], labels[i, :n])
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while window := list(islice(iterator, size)):
+        yield window

@@ -1,0 +1,246 @@
+"""Tuning with transformers' Trainer and PEFT: seeded order, resumable checkpoints, no NaN saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from honeloom.backends.hf.chat import Encoded
+from honeloom.backends.hf.local_steps import build_optimizer, build_schedule
+from honeloom.errors import NotFiniteError
+from honeloom.ops.noise import permutation
+from honeloom.runs.atomic import fsync_file, write_json
+from honeloom.runs.log import Log
+from honeloom.runs.signals import PendingSignal, deferred_signals
+from honeloom.tuning.config import TuneConfig
+
+__all__ = ["Trained", "add_lora", "row_order", "total_steps", "train", "unfreeze"]
+
+COMPLETE = "complete.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training did: steps, tokens seen, share of them that were targets, losses per step."""
+
+    steps: int
+    tokens: int
+    label_share: float
+    losses: tuple[float, ...]
+
+
+def add_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    targets: str | Sequence[str],
+    rslora: bool,
+    seed: int = 0,
+) -> Any:
+    """Wrap a model with LoRA adapters (arXiv:2106.09685); A is drawn from `seed`, B is zero.
+
+    Returns
+    -------
+    peft.PeftModel
+        Only the adapters are trainable.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def unfreeze(model: Any) -> Any:
+    """Make every weight trainable."""
+    model.requires_grad_(True)
+    return model
+
+
+def total_steps(rows: int, config: TuneConfig) -> int:
+    """Optimizer steps of a run over `rows` rows."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return math.ceil(round(rows * (config.epochs or 1.0)) / (config.batch_size * config.accumulate))
+
+
+def row_order(rows: int, wanted: int, seed: int) -> list[int]:
+    """Indices of the rows in training order: a fresh permutation of all of them per epoch."""
+    order: list[int] = []
+    epoch = 0
+    while len(order) < wanted:
+        order += permutation(seed, f"tune/epoch/{epoch}", rows).tolist()
+        epoch += 1
+    return order[:wanted]
+
+
+def train(model: Any, encoded: Sequence[Encoded], config: TuneConfig, folder: Path, log: Log) -> Trained:
+    """Train `model` in place.
+
+    Parameters
+    ----------
+    model : transformers or PEFT model
+        With its trainable parameters marked.
+    encoded : sequence of Encoded
+        The rows.
+    config : TuneConfig
+        Settings.
+    folder : Path
+        For checkpoints and trainer files; the newest complete checkpoint in it is resumed.
+    log : Log
+        Progress, events and warnings.
+
+    Raises
+    ------
+    NotFiniteError
+        The loss or gradient is NaN or infinite; `diagnosis.json` in `folder` says where.
+    """
+    steps = total_steps(len(encoded), config)
+    per_step = config.batch_size * config.accumulate
+    wanted = steps * per_step if config.max_steps else round(len(encoded) * (config.epochs or 1.0))
+    order = row_order(len(encoded), wanted, config.seed)
+    optimizer = build_optimizer(model, config.optimizer, config.learning_rate)
+    schedule = build_schedule(optimizer, config.schedule, steps, config.warmup_ratio)
+    checkpoint = newest_checkpoint(folder, log)
+    with deferred_signals() as pending, log.console.progress("tune", steps) as advance:
+        watcher = _Watcher(folder, log, pending, advance)
+        trainer = _OrderedTrainer(
+            model=model,
+            args=_arguments(config, folder, steps, model.device),
+            train_dataset=_Rows([encoded[i] for i in order]),
+            data_collator=collate,
+            optimizers=(optimizer, schedule),  # type: ignore[arg-type]
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(_printer())
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    pending.raise_if_received()
+    if watcher.fault:
+        raise NotFiniteError(f"{watcher.fault}; lower lr or use --dtype fp32. See {folder / 'diagnosis.json'}")
+    tokens = sum(len(encoded[i].ids) for i in order)
+    targets = sum(encoded[i].targets for i in order)
+    losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return Trained(steps, tokens, targets / tokens, losses)
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _arguments(config: TuneConfig, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        max_grad_norm=config.max_grad_norm,
+        learning_rate=config.learning_rate,
+        seed=config.seed % 2**32,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=2,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+    )
+
+
+class _Rows(Dataset):
+    """Rows in training order."""
+
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+class _OrderedTrainer(Trainer):
+    """A Trainer that keeps the order of its dataset."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
+
+
+def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Pad a batch as the Trainer wants it."""
+    from honeloom.backends.hf.score import pad_batch
+
+    ids, mask, labels = pad_batch(batch, torch.device("cpu"))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class _Watcher(TrainerCallback):
+    """Stops on NaN, saves on a signal, marks checkpoints complete, and tells the log."""
+
+    def __init__(self, folder: Path, log: Log, pending: PendingSignal, advance: Callable[[int], None]) -> None:
+        self.folder = folder
+        self.log = log
+        self.pending = pending
+        self.advance = advance
+        self.fault = ""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.advance(1)
+        if self.pending.number is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        numbers = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "grad_norm", "learning_rate")}
+        bad = [k for k in ("loss", "grad_norm") if k in numbers and not math.isfinite(numbers[k])]
+        if bad:
+            self.fault = f"step {state.global_step}: {bad[0]} is {numbers[bad[0]]}"
+            control.should_training_stop = True
+            control.should_save = False
+            write_json(
+                self.folder / "diagnosis.json", {"step": state.global_step, **{k: str(v) for k, v in numbers.items()}}
+            )
+        elif "loss" in numbers:
+            self.log.event("step", step=state.global_step, **numbers)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        for file in checkpoint.iterdir():
+            fsync_file(file)
+        write_json(checkpoint / COMPLETE, {"step": state.global_step})
+
+
+def newest_checkpoint(folder: Path, log: Log) -> Path | None:
+    """The newest complete checkpoint; newer ones that were cut off are named and skipped."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        if (checkpoint / COMPLETE).exists():
+            step = json.loads((checkpoint / COMPLETE).read_bytes())["step"]
+            log.say(f"tune: going on from step {step}")
+            return checkpoint
+        log.say(f"tune: {checkpoint.name} was cut off while it was saved; skipped")
+    return None

@@ -1,0 +1,81 @@
+"""lm-evaluation-harness tasks on a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from honeloom.errors import ConfigError, MissingExtraError
+from honeloom.registry import suggest
+from honeloom.types.report import Metric
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise MissingExtraError(
+        f"--tasks needs lm-eval ({error.name} is missing): pip install 'honeloom[lm-eval]'"
+    ) from None
+
+__all__ = ["run_tasks"]
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    task_path: str | None,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+) -> list[Metric]:
+    """Evaluate tasks and return their metrics; `domain` is the task's name.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Live objects; nothing is loaded again.
+    tasks : sequence of str
+        Names known to lm-eval, or defined in `task_path`.
+    task_path : str or None
+        Folder of task YAML files; then only these are known, which starts faster.
+
+    Raises
+    ------
+    ConfigError
+        A task is unknown.
+    """
+    manager = TaskManager(include_path=task_path, include_defaults=task_path is None)
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            where = f"in {task_path}" if task_path else "to lm-eval"
+            raise ConfigError(f"task {task!r} is not known {where}{suggest(task, known)}")
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=1000,
+        random_seed=seed,
+        numpy_random_seed=seed % 2**32,
+        torch_random_seed=seed,
+    )
+    return [m for task in tasks for m in _metrics(task, results)]
+
+
+def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
+    found = []
+    values = results["results"][task]
+    higher = results["higher_is_better"].get(task, {})
+    n = results["n-samples"].get(task, {}).get("effective", 0)
+    for key, value in values.items():
+        name, _, filtered = key.partition(",")
+        if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{name}_stderr,{filtered}")
+        stderr = float(error) if isinstance(error, int | float) else None
+        found.append(Metric(name, float(value), n, "share", bool(higher.get(name, True)), stderr, task))
+    return found

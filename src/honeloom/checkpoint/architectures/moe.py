@@ -1,0 +1,11 @@
+"""Mixtures of experts: the MLP's output projection is one tensor per expert, or one for all."""
+
+from honeloom.checkpoint.architectures.layout import Architecture
+
+_FUSED = r"mlp\.experts\.down_proj"
+
+LAYOUTS = (
+    Architecture("mixtral", mlp_out=(r"block_sparse_moe\.experts\.\d+\.w2\.weight", _FUSED)),
+    # A layer may also be dense (mlp_only_layers, decoder_sparse_step).
+    Architecture("qwen3_moe", mlp_out=(r"mlp\.experts\.\d+\.down_proj\.weight", _FUSED, r"mlp\.down_proj\.weight")),
+)

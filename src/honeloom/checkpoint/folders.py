@@ -1,0 +1,108 @@
+"""The small files of a model folder: tokenizer, configuration, and folders that go away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from honeloom.errors import CheckpointError
+
+__all__ = ["copy_config", "copy_tokenizer", "discard", "read_config", "tokenizer_files"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the tokenizer files in a folder, sentencepiece models (*.model) included, in a fixed order."""
+    models = sorted(p.name for p in folder.glob("*.model") if p.is_file())
+    return [n for n in _TOKENIZER_FILES if (folder / n).is_file()] + models
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer files of a model folder byte for byte; return their names."""
+    names = tokenizer_files(source)
+    for name in names:
+        _write(target / name, (source / name).read_bytes())
+    return names
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse `config.json` of a model folder.
+
+    Raises
+    ------
+    CheckpointError
+        Not there, not JSON, or not an object.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no config.json; a model folder needs one") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}; download the folder again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: holds a {type(config).__name__}; a model's configuration is a JSON object")
+    return config
+
+
+def copy_config(source: Path, target: Path, **changes: Any) -> None:
+    """Copy `config.json` with changes, and `generation_config.json` as it is.
+
+    Parameters
+    ----------
+    source, target : Path
+        Model folders.
+    **changes
+        Keys to set. `dtype` ("bfloat16") also replaces the older key `torch_dtype` and the
+        dtype of nested configurations.
+    """
+    config = read_config(source)
+    dtype = changes.pop("dtype", None)
+    if dtype is not None:
+        for part in (config, *_nested(config)):
+            _set_dtype(part, dtype, add=part is config)
+    config.update(changes)
+    _write(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    generation = source / "generation_config.json"
+    if generation.is_file():
+        _write(target / "generation_config.json", generation.read_bytes())
+
+
+def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            yield value
+
+
+def _set_dtype(config: dict[str, Any], dtype: str, *, add: bool) -> None:
+    present = [key for key in ("dtype", "torch_dtype") if key in config]
+    for key in present or (["dtype"] if add else []):
+        config[key] = dtype
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder and everything in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,89 @@
+"""The `honeloom` command: assembles the verbs and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+import typer
+
+from honeloom import __version__
+from honeloom.cli.demo import demo
+from honeloom.cli.doctor import doctor
+from honeloom.cli.drop import drop
+from honeloom.cli.evaluate import evaluate
+from honeloom.cli.init import init
+from honeloom.cli.lineage import lineage
+from honeloom.cli.merge import merge
+from honeloom.cli.methods import methods
+from honeloom.cli.report import report
+from honeloom.cli.rows import rows
+from honeloom.cli.run import run
+from honeloom.cli.select import select
+from honeloom.cli.tune import tune
+from honeloom.cli.typer_fixes import mend_typer
+from honeloom.cli.verify import verify
+from honeloom.errors import HoneloomError
+from honeloom.runs.redact import redact
+from honeloom.runs.signals import Terminated
+
+__all__ = ["app", "main"]
+
+mend_typer()
+app = typer.Typer(
+    name="honeloom",
+    help="Adapt open language models: choose rows, tune, merge, drop layers, and prove every step.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, init, run, select, tune, merge, drop, evaluate, verify, report, lineage, methods, doctor):
+    app.command()(command)
+app.add_typer(rows, name="rows")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Adapt open language models: choose rows, tune, merge, drop layers, and prove every step."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 ok, 1 failed, 2 bad input, 3 verification failed, 130 and 143 interrupted."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result = app(args=arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except HoneloomError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        return _fail("interrupted; run the same command again to go on from here", 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on from here", 130)
+    except Terminated:
+        return _fail("terminated; run the same command again to go on from here", 143)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except Exception:
+        return _fail(f"unexpected error, please report it:\n{traceback.format_exc()}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {redact(message)}", file=sys.stderr)
+    return code

@@ -1,0 +1,42 @@
+"""Flags that several commands share, so that each is spelled and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "MaxBad", "MaxLength", "OutArgument", "OutputDir",
+    "Overwrite", "Resume", "Seed", "Set", "Split",
+    "Strict",
+]  # fmt: skip
+
+OutArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder for the result (or --output-dir).")]
+OutputDir = Annotated[
+    Path | None, typer.Option("--output-dir", "--output_dir", metavar="OUT", help="Folder for the result.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds once the new result is complete.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from an earlier honeloom result in OUT: reuse what matches.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; load no weights, write nothing.")]
+Seed = Annotated[int, typer.Option("--seed", help="Every random choice follows from it.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the loaded weights.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set any key of the settings (repeatable).")
+]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="A-B", help="Only rows whose id's hash lies in this part of 0-1, as 0-0.8."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable row.")]
+MaxBad = Annotated[
+    float | None, typer.Option("--max-bad", metavar="SHARE", help="Stop if more rows are unusable [0.01].")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit].")]

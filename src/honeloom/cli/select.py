@@ -1,0 +1,50 @@
+"""`honeloom select`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import honeloom
+from honeloom.cli import options as o
+from honeloom.cli.shared import run_verb, settings
+
+
+def select(
+    rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
+    method: Annotated[str | None, typer.Option("--method", help="See `honeloom methods selection` [random].")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Scores the rows.")] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="10%|500|200000tok", help="How much to keep [10%].")
+    ] = None,
+    near_duplicates: Annotated[
+        float | None, typer.Option("--near-duplicates", metavar="J", help="Reject rows this similar (Jaccard).")
+    ] = None,
+    limit: o.Limit = None,
+    split: o.Split = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    batch_size: o.BatchSize = None,
+    max_length: o.MaxLength = None,
+    strict: o.Strict = False,
+    max_bad: o.MaxBad = None,
+    set_: o.Set = None,
+    output_dir: o.OutputDir = None,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
+    json: o.Json = False,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Choose the rows worth training on: rows in, scores and a subset out.
+
+    Example: honeloom select rows.jsonl --method ifd --model org/model --keep 10% --output-dir picked
+    """
+    given = {
+        "rows": rows, "method.type": method, "model": model, "keep": keep, "near_duplicates": near_duplicates,
+        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "batch_size": batch_size,
+        "max_length": max_length, "strict": strict, "max_bad": max_bad,
+    }  # fmt: skip
+    run_verb("select", honeloom.select, settings(given, set_), out=output_dir, overwrite=overwrite, resume=resume,
+             as_json=json, dry_run=dry_run)  # fmt: skip

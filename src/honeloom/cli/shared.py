@@ -1,0 +1,116 @@
+"""From flags to a verb and from its report to the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import honeloom
+from honeloom.errors import ConfigError
+from honeloom.registry import load_target
+
+if TYPE_CHECKING:
+    from honeloom.types.plans import StagePlan
+    from honeloom.types.report import Report
+
+__all__ = ["choose_out", "print_json", "run_verb", "settings", "terminal"]
+
+
+def terminal(as_json: bool) -> Any:
+    """The console for a person: stdout, or stderr when stdout carries JSON; libraries are kept quiet."""
+    _quiet_libraries()
+    return load_target("honeloom.cli.terminal:Terminal")(as_json)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def choose_out(argument: Path | None, option: Path | None) -> Path | None:
+    """The output folder, given by position or by --output-dir; both is an error."""
+    if argument is not None and option is not None:
+        raise ConfigError(f"OUT is given twice: {argument} and --output-dir {option}; give it once")
+    return argument or option
+
+
+def settings(given: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Flags that were given (not None), with --set applied on top.
+
+    A key with dots goes into the tree: {"method.rank": 8} is {"method": {"rank": 8}}.
+    """
+    result: dict[str, Any] = {}
+    for key, value in given.items():
+        if value is None or value == []:
+            continue
+        *parents, last = key.split(".")
+        node = result
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    if not overrides:
+        return result
+    applied: dict[str, Any] = load_target("honeloom.config.load:apply_overrides")(result, overrides)
+    return applied
+
+
+def run_verb(
+    verb: str,
+    call: Callable[..., Report],
+    options: dict[str, Any],
+    *,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Plan or run a verb and print the result as the contract says.
+
+    Parameters
+    ----------
+    verb : str
+        Its name, for the plan.
+    call : callable
+        The verb's function, taking output_dir, mode, console and the options.
+    options : dict
+        Its settings.
+    out : Path or None
+        The output folder.
+    """
+    console = terminal(as_json)
+    if dry_run:
+        plans = honeloom.plan(verb, output_dir=out, **options)
+        print_plans(plans, console, as_json)
+        return
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other: redo everything, or go on from what is there")
+    mode = "overwrite" if overwrite else "resume" if resume else "new"
+    report = call(output_dir=out, mode=mode, console=console, **options)
+    if as_json:
+        print_json(report.to_json())
+        return
+    console.show_report(report)
+    if report.out:
+        sys.stdout.write(f"{report.out}\n")
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries from talking over the command; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def print_plans(plans: Sequence[StagePlan], console: Any, as_json: bool) -> None:
+    """Print what would be done."""
+    if as_json:
+        print_json({"schema": "honeloom.plan/1", "stages": [p.to_json() for p in plans]})
+    else:
+        console.show_plans(plans)

@@ -1,0 +1,50 @@
+"""`honeloom tune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import honeloom
+from honeloom.cli import options as o
+from honeloom.cli.shared import run_verb, settings
+
+
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, id@rev, path or lab:base.")],
+    rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
+    method: Annotated[str | None, typer.Option("--method", metavar="lora|full", help="What is trained [lora].")] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", metavar="adamw|sgd", help="[adamw]")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", metavar="E", help="Passes over the rows [1].")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate [2e-4 lora, 2e-5 full].")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="LoRA rank [8].")] = None,
+    batch_size: o.BatchSize = None,
+    max_length: o.MaxLength = None,
+    limit: o.Limit = None,
+    split: o.Split = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    strict: o.Strict = False,
+    max_bad: o.MaxBad = None,
+    set_: o.Set = None,
+    output_dir: o.OutputDir = None,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
+    json: o.Json = False,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Tune a model on rows on one machine: an adapter (default) or a full model out.
+
+    Example: honeloom tune org/model rows.jsonl --rank 16 --epochs 3 --output-dir tuned
+    """
+    given = {
+        "model": model, "rows": rows, "method.type": method, "method.rank": rank, "optimizer.type": optimizer,
+        "max_steps": max_steps, "epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length,
+        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "strict": strict,
+        "max_bad": max_bad,
+    }  # fmt: skip
+    run_verb("tune", honeloom.tune, settings(given, set_), out=output_dir, overwrite=overwrite, resume=resume,
+             as_json=json, dry_run=dry_run)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Loading of recipes and settings: YAML in, frozen configs out."""

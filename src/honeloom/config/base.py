@@ -1,0 +1,188 @@
+"""The base of every settings class, and the marks that say which fields are inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from honeloom.errors import ConfigError
+from honeloom.registry import suggest
+
+__all__ = [
+    "Config",
+    "Device",
+    "Dtype",
+    "InputField",
+    "ModelInput",
+    "OptionalModelInput",
+    "RowsConfig",
+    "RowsInput",
+    "Seed",
+    "Split",
+    "VerbConfig",
+    "collect_inputs",
+    "validate",
+]
+
+
+class Config(BaseModel):
+    """Frozen settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+@dataclass(frozen=True, slots=True)
+class InputMark:
+    """Marks a field whose value names something to read, so that keys depend on its content."""
+
+    kind: Literal["model", "rows"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+ModelInput = Annotated[str, InputMark("model")]
+"""Hub id, id@revision, path or `lab:base`."""
+OptionalModelInput = Annotated[str | None, InputMark("model")]
+RowsInput = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows")]
+"""Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="Every random choice follows from it.")]
+
+
+class VerbConfig(Config):
+    """Settings shared by every verb that computes."""
+
+    seed: Seed = 0
+    device: Device = Field("auto", description="auto takes cuda, then mps, then cpu.")
+    dtype: Dtype = Field("auto", description="Of the loaded weights; auto is bf16 on CUDA devices and fp32 elsewhere.")
+
+
+def _as_range(value: Any) -> Any:
+    """Accept "0.2-0.8" as on the command line."""
+    return tuple(value.split("-")) if isinstance(value, str) else value
+
+
+def _check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= value[0] < value[1] <= 1:
+        raise ValueError("a split is START-STOP with 0 <= START < STOP <= 1, for example 0-0.8")
+    return value
+
+
+Split = Annotated[tuple[float, float], BeforeValidator(_as_range), AfterValidator(_check_range)]
+
+
+class RowsConfig(VerbConfig):
+    """Settings shared by the verbs that read rows."""
+
+    split: Split | None = Field(
+        None,
+        description="Only rows whose id lies in this part of [0, 1). The place of an id is its SHA-256 read from the "
+        "last hex digit, so a row is on the same side in every file and every run.",
+    )
+    limit: int | None = Field(None, gt=0, description="Read only the first N rows.")
+    strict: bool = Field(False, description="Stop at the first unusable row.")
+    max_bad: float = Field(0.01, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
+
+
+@dataclass(frozen=True, slots=True)
+class InputField:
+    """One input of a config: its place ("models.0.model"), kind, and value."""
+
+    place: str
+    kind: Literal["model", "rows"]
+    value: str
+
+
+def collect_inputs(config: BaseModel, prefix: str = "") -> Iterator[InputField]:
+    """Yield every marked input of a config, in field order, nested configs included."""
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        mark = next((m for m in info.metadata if isinstance(m, InputMark)), None)
+        if mark and value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            for i, item in enumerate(values):
+                place = f"{prefix}{name}.{i}" if isinstance(value, tuple) else f"{prefix}{name}"
+                yield InputField(place, mark.kind, item)
+        elif isinstance(value, BaseModel):
+            yield from collect_inputs(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from collect_inputs(item, f"{prefix}{name}.{i}.")
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def validate(cls: type[ConfigT], data: Mapping[str, Any], *, what: str) -> ConfigT:
+    """Build `cls` from plain data; every problem is told in one ConfigError.
+
+    Parameters
+    ----------
+    cls : type
+        Settings class.
+    data : mapping
+        Plain values, for example from YAML.
+    what : str
+        What is being read ("recipe my.yaml, stage 'pick'"), for the message.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(cls, problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{what}: " + "\n  ".join(lines)) from None
+
+
+def _describe(cls: type[BaseModel], problem: Any) -> str:
+    """One line for one pydantic problem, with the near miss for an unknown key."""
+    place = ".".join(str(p) for p in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(cls, problem["loc"][:-1])
+        name = str(problem["loc"][-1])
+        return f"unknown key {place!r}{suggest(name, known)} (known: {', '.join(sorted(known))})"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        tags = [t.strip().strip("'") for t in context["expected_tags"].split(",")]
+        return (
+            f"{place}: unknown type {context['tag']!r}{suggest(str(context['tag']), tags)} (known: {', '.join(tags)})"
+        )
+    if problem["type"] == "missing":
+        return f"missing key {place!r}"
+    return f"{place}: {problem['msg']} (got {problem.get('input')!r:.80})"
+
+
+def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> set[str]:
+    """Names allowed at a place; follows unions by their tag."""
+    current: list[type[BaseModel]] = [cls]
+    for part in loc:
+        following = [sub for c in current for sub in _subconfigs(c, str(part))]
+        current = following or [c for c in current if _tag(c) == str(part)] or current
+    return {f for c in current for f in c.model_fields}
+
+
+def _subconfigs(cls: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    from typing import get_args
+
+    info = cls.model_fields.get(name)
+    if info is None:
+        return []
+    found: list[type[BaseModel]] = []
+    stack: list[Any] = [info.annotation]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            found.append(item)
+        else:
+            stack.extend(get_args(item))
+    return found
+
+
+def _tag(cls: type[BaseModel]) -> str | None:
+    info = cls.model_fields.get("type")
+    return str(info.default) if info else None

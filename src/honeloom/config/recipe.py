@@ -1,0 +1,167 @@
+"""The recipe: named stages in order, variables, and references between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from honeloom.config.base import Config, VerbConfig, validate
+from honeloom.config.load import apply_overrides, load_yaml
+from honeloom.errors import ConfigError
+from honeloom.registry import load_target, suggest
+from honeloom.verbs import VERBS
+
+__all__ = ["Recipe", "Step", "load_recipe", "recipe_schema", "resolve_steps"]
+
+_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+Scalar = str | int | float | bool | None
+
+
+class Recipe(Config):
+    """A recipe file as written; `resolve_steps` turns it into typed stages."""
+
+    version: Literal[1]
+    description: str = ""
+    seed: int = Field(0, ge=0, description="Seed of every stage that names none.")
+    vars: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict, description="Values for $name.")
+    stages: dict[str, dict[str, Any]] = Field(min_length=1, description="Stage name -> {verb: settings}, in order.")
+
+    @field_validator("stages")
+    @classmethod
+    def _one_verb_each(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, body in stages.items():
+            if not _NAME.match(name):
+                raise ValueError(f"stage name {name!r}: use letters, digits, '-' and '_', starting with a letter")
+            if len(body) != 1:
+                raise ValueError(f"stage {name!r} must hold exactly one verb, found {list(body) or 'none'}")
+            verb = next(iter(body))
+            if verb not in VERBS:
+                raise ValueError(
+                    f"stage {name!r}: unknown verb {verb!r}{suggest(verb, VERBS)} (known: {', '.join(VERBS)})"
+                )
+        return stages
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage, resolved: `folder` is its place in the run, `config` its typed settings.
+
+    `config` refers to earlier stages by the path they will have; `needs` names those stages.
+    """
+
+    name: str
+    verb: str
+    folder: Path
+    config: VerbConfig
+    needs: tuple[str, ...]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `--set`: "model=X" sets a variable, "pick.keep=5%" a stage's key."""
+    data = load_yaml(path)
+    return validate(Recipe, apply_overrides(data, [_expand(o, data) for o in overrides]), what=f"recipe {path}")
+
+
+def _expand(override: str, data: Mapping[str, Any]) -> str:
+    """Turn the short forms of `--set` into full paths."""
+    path, _, text = override.partition("=")
+    head, *rest = path.split(".")
+    stages, names = data.get("stages") or {}, data.get("vars") or {}
+    if not rest and head in names:
+        return f"vars.{override}"
+    if rest and head in stages and isinstance(stages[head], dict) and len(stages[head]) == 1:
+        verb = next(iter(stages[head]))
+        return f"stages.{head}.{verb}.{'.'.join(rest)}={text}"
+    if head in Recipe.model_fields:
+        return override
+    known = [*names, *(f"{s}.KEY" for s in stages)]
+    raise ConfigError(
+        f"--set {override!r}: no variable or stage {head!r}{suggest(head, [*names, *stages])} "
+        f"(known: {', '.join(known)})"
+    )
+
+
+def resolve_steps(recipe: Recipe, run: Path) -> list[Step]:
+    """Replace every $name and build each stage's typed settings.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        As loaded.
+    run : Path
+        The run folder; stage n called x is `run/stages/<n>-<x>`.
+    """
+    steps: list[Step] = []
+    for number, (name, body) in enumerate(recipe.stages.items(), 1):
+        verb, settings = next(iter(body.items()))
+        needs: list[str] = []
+        data = _substitute(settings or {}, recipe, {s.name: s for s in steps}, needs, f"stage {name!r}")
+        if not isinstance(data, dict):
+            raise ConfigError(f"stage {name!r}: the settings of {verb!r} must be a mapping, found {data!r}")
+        data.setdefault("seed", recipe.seed)
+        cls = load_target(VERBS[verb].config)
+        config = validate(cls, data, what=f"stage {name!r} ({verb})")
+        steps.append(Step(name, verb, run / "stages" / f"{number}-{name}", config, tuple(dict.fromkeys(needs))))
+    return steps
+
+
+def _substitute(value: Any, recipe: Recipe, earlier: Mapping[str, Step], needs: list[str], what: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _substitute(v, recipe, earlier, needs, what) for k, v in value.items()}
+    if isinstance(value, list):
+        items = [_substitute(v, recipe, earlier, needs, what) for v in value]
+        return [x for v, item in zip(value, items, strict=True) for x in (item if _spreads(v, item) else [item])]
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    name = value[1:]
+    if name in recipe.vars:
+        return recipe.vars[name]
+    if name in earlier:
+        needs.append(name)
+        return str(earlier[name].folder)
+    known = [*recipe.vars, *earlier]
+    raise ConfigError(
+        f"{what}: {value!r} is no variable or earlier stage{suggest(name, known)} (known: {', '.join(known) or 'none'})"
+    )
+
+
+def _spreads(written: Any, item: Any) -> bool:
+    """A $name that stands for a list is spliced into the list it stands in."""
+    return isinstance(written, str) and isinstance(item, list)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, every verb's settings included, for editors."""
+    base = Recipe.model_json_schema()
+    definitions: dict[str, Any] = base.pop("$defs", {})
+    branches = []
+    for verb in VERBS.values():
+        schema = load_target(verb.config).model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(schema.pop("$defs", {}))
+        schema.pop("title", None)
+        properties = {verb.name: _allow_references(schema)}
+        branches.append(
+            {"type": "object", "required": [verb.name], "properties": properties, "additionalProperties": False}
+        )
+    base["properties"]["stages"]["additionalProperties"] = {"oneOf": branches}
+    base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    base["title"] = "honeloom recipe"
+    base["$defs"] = {name: _allow_references(d) for name, d in definitions.items()}
+    return base
+
+
+def _allow_references(schema: dict[str, Any]) -> dict[str, Any]:
+    """Let every property also be "$name"."""
+    reference = {"type": "string", "pattern": r"^\$"}
+    properties = schema.get("properties")
+    if properties:
+        schema["properties"] = {
+            name: p if name == "type" else {"anyOf": [p, reference], "description": p.get("description", "")}
+            for name, p in properties.items()
+        }
+    return schema

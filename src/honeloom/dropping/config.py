@@ -1,0 +1,48 @@
+"""Settings of `drop`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from honeloom.config.base import Config, ModelInput, RowsConfig, RowsInput
+
+__all__ = ["CosineConfig", "DropConfig", "DropMetric"]
+
+
+class CosineConfig(Config):
+    """1 - mean cosine of the residual stream before and after a sub-layer."""
+
+    type: Literal["cosine"] = "cosine"
+
+
+DropMetric = Annotated[CosineConfig, Field()]
+
+
+class DropConfig(RowsConfig):
+    """Drop attention, MLP or whole blocks."""
+
+    model: ModelInput
+    attention: int = Field(0, ge=0, description="How many attentions to drop.")
+    mlp: int = Field(0, ge=0, description="How many MLPs to drop.")
+    block: int = Field(0, ge=0, description="How many whole blocks to drop.")
+    calibration: RowsInput = Field(min_length=1, description="Rows on which importance is measured.")
+    metric: DropMetric = Field(default_factory=CosineConfig)
+    profile: Literal["zero"] = Field(
+        "zero", description="zero: output projections become 0; loads anywhere, saves nothing."
+    )
+    samples: int = Field(256, gt=0, description="At most this many calibration rows.")
+    batch_size: int = Field(8, gt=0, description="Rows per forward pass.")
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _drops_something(self) -> DropConfig:
+        if not (self.attention or self.mlp or self.block):
+            raise ValueError("nothing to drop: give attention, mlp or block a number above 0")
+        return self

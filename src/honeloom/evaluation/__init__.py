@@ -1,0 +1,1 @@
+"""Measuring models: numbers with standard errors, and paired comparisons."""

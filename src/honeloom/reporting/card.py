@@ -1,0 +1,76 @@
+"""`README.md` beside every artefact: a Hugging Face card with parents, rows, verification and numbers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from honeloom import __version__
+from honeloom.config.load import dump_yaml
+from honeloom.reporting.page import environment
+from honeloom.runs.atomic import write_bytes
+from honeloom.types.report import Report
+
+__all__ = ["CardInput", "write_card"]
+
+
+class CardInput(Protocol):
+    """What the card says of one input."""
+
+    place: str
+    kind: Any
+    value: str
+    fingerprint: str
+    revision: str | None
+
+
+def write_card(folder: Path, report: Report, inputs: Sequence[CardInput], relation: str | None = None) -> None:
+    """Write the card of one artefact.
+
+    Parameters
+    ----------
+    folder : Path
+        Where `README.md` goes.
+    report : Report
+        Of the stage or run.
+    inputs : sequence
+        What it was made from.
+    relation : str, optional
+        adapter, finetune, merge or quantized, for a model: the hub builds its model tree from it.
+    """
+    env = environment()
+    env.filters["cell"] = _cell
+    text = env.get_template("card.md").render(
+        front=dump_yaml(_front_matter(report, inputs, relation)),
+        title=f"{Path(report.out or '').name} ({report.verb})",
+        report=report,
+        version=__version__,
+        artefact=report.artefact,
+        inputs=inputs,
+    )
+    write_bytes(folder / "README.md", text.encode())
+
+
+def _front_matter(report: Report, inputs: Sequence[CardInput], relation: str | None) -> dict[str, Any]:
+    """Only hub ids are named: a path of this machine means nothing to a reader."""
+    front: dict[str, Any] = {"tags": ["honeloom"]}
+    parents = sorted({i.value.partition("@")[0] for i in inputs if i.kind == "model" and i.revision})
+    datasets = sorted({i.value.partition("@")[0] for i in inputs if i.kind == "rows" and i.revision})
+    if relation:
+        front["library_name"] = "peft" if relation == "adapter" else "transformers"
+        if parents:
+            front["base_model"] = parents
+            front["base_model_relation"] = relation
+    if datasets:
+        front["datasets"] = datasets
+    return front
+
+
+def _cell(value: Any) -> str:
+    """Text for a Markdown table: no markup, no line breaks, no cell ends."""
+    text = html.escape(str(value), quote=False)
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

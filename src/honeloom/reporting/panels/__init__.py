@@ -1,0 +1,24 @@
+"""Which panels a verb's page has, in order. Each is a function of the folder and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from honeloom.reporting.panel import Panel
+from honeloom.reporting.panels.comparison import comparison_panel
+from honeloom.reporting.panels.importance import importance_panel
+from honeloom.reporting.panels.loss_curve import loss_curve_panel
+from honeloom.reporting.panels.metrics import metrics_panel
+from honeloom.reporting.panels.scores import kept_panel, scores_panel
+from honeloom.types.report import Report
+
+__all__ = ["PANELS"]
+
+PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
+    "select": (scores_panel, kept_panel),
+    "tune": (loss_curve_panel,),
+    "merge": (),
+    "drop": (importance_panel,),
+    "evaluate": (metrics_panel, comparison_panel),
+}

@@ -1,0 +1,1 @@
+"""Run folders: atomic writes, keys, manifests, journals, locks, lineage. Knows no stage."""

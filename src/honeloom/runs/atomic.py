@@ -1,0 +1,93 @@
+"""Durable writes: a file or folder is either complete or not there.
+
+Every durable change passes through `commit_point`, so that tests can stop the process at
+each of them and require that a second run repairs everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from honeloom.errors import OutOfSpaceError
+
+__all__ = [
+    "canonical_json",
+    "commit_point",
+    "fsync_dir",
+    "fsync_file",
+    "rename",
+    "require_space",
+    "write_bytes",
+    "write_json",
+]
+
+
+def commit_point(label: str) -> None:
+    """Do nothing; called before each durable change. Tests replace it to kill the process there."""
+
+
+def fsync_file(path: Path) -> None:
+    """Flush one file's content to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_dir(path: Path) -> None:
+    """Flush a folder's entries to the disk, where the platform can."""
+    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled by NTFS
+        return
+    fsync_file(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one folder and flush that folder."""
+    commit_point(f"rename {target.name}")
+    os.replace(source, target)
+    fsync_dir(target.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: temporary sibling, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            commit_point(f"fsync {path.name}")
+            os.fsync(file.fileno())
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically, keys in the given order."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OutOfSpaceError unless the disk under `folder` has 1.1 times `needed` bytes free."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.1:
+        raise OutOfSpaceError(
+            f"{folder}: {needed:,} bytes are needed (times 1.1 for safety) and {free:,} are free; "
+            "free some room or choose another --output-dir"
+        )

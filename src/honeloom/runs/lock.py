@@ -1,0 +1,66 @@
+"""One writer per output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from honeloom.errors import LockedError
+
+if os.name == "nt":
+    import msvcrt
+
+    def _try_lock(fd: int) -> None:
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+__all__ = ["writer_lock"]
+
+
+@contextmanager
+def writer_lock(out: Path) -> Iterator[None]:
+    """Hold the right to write `out`; the operating system frees it if the process dies.
+
+    Raises
+    ------
+    LockedError
+        Another process holds it; the message names its pid and host.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    fd = _acquire(path, out)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _acquire(path: Path, out: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _try_lock(fd)
+        except OSError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "an unnamed process"
+            os.close(fd)
+            raise LockedError(
+                f"{out} is being written by {holder}; wait for it to end or choose another --output-dir"
+            ) from None
+        # The last holder may have unlinked the file between our open and our lock.
+        try:
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass  # unlinked just now: the loop opens a new one
+        os.close(fd)

@@ -1,0 +1,152 @@
+"""The manifest: size and SHA-256 of every file of a folder, written last.
+
+A folder without a manifest does not exist as a result. `checksum` covers the manifest's own
+content, so that a flipped byte in it is found too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from honeloom.errors import SourceError
+from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_json
+
+__all__ = ["MANIFEST", "Problem", "load_manifest", "refresh_manifest", "sha256_file", "verify_folder", "write_manifest"]
+
+MANIFEST = "manifest.json"
+SCHEMA = "honeloom.manifest/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One way in which a folder is not what its manifest says."""
+
+    file: str
+    problem: str
+    expected: str | int | None = None
+    found: str | int | None = None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, key: str, verb: str) -> None:
+    """Flush every file of `folder`, then write its manifest atomically.
+
+    Parameters
+    ----------
+    folder : Path
+        A finished folder that no one else writes.
+    key : str
+        The stage key, so that the same work is found again.
+    verb : str
+        The command that made it.
+    """
+    files: dict[str, dict[str, str | int]] = {}
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # some libraries write files that only their owner may read
+    for name in _files(folder):
+        path = folder / name
+        path.chmod(mode)
+        commit_point(f"fsync {name}")
+        fsync_file(path)
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    for parent, _, _ in os.walk(folder):
+        fsync_dir(Path(parent))
+    content: dict[str, Any] = {"schema": SCHEMA, "verb": verb, "key": key, "files": files}
+    write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
+
+
+def load_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest, or None where there is none or it is damaged."""
+    try:
+        document = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(document, dict) or "checksum" not in document:
+        return None
+    content = {k: v for k, v in document.items() if k != "checksum"}
+    return document if _checksum(content) == document["checksum"] else None
+
+
+def verify_folder(folder: Path, *, inspect: Callable[[Path], str | None] | None = None) -> tuple[int, list[Problem]]:
+    """Compare a folder with its manifest.
+
+    Parameters
+    ----------
+    folder : Path
+        A result folder.
+    inspect : callable, optional
+        Looks inside a file whose hash is right and returns what is wrong with it, or None.
+
+    Returns
+    -------
+    (int, list of Problem)
+        Number of files checked, and every problem found.
+
+    Raises
+    ------
+    SourceError
+        `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder; pass the output folder of a honeloom command")
+    if not (folder / MANIFEST).exists():
+        return 0, [Problem(MANIFEST, "missing: not a finished honeloom result", MANIFEST, None)]
+    manifest = load_manifest(folder)
+    if manifest is None:
+        return 0, [Problem(MANIFEST, "damaged: its content does not match its own checksum")]
+    listed: dict[str, dict[str, Any]] = manifest["files"]
+    problems = [p for name, entry in listed.items() if (p := _check(folder, name, entry, inspect))]
+    present = set(_files(folder))
+    problems += [Problem(name, "not in the manifest", None, name) for name in sorted(present - set(listed))]
+    return len(listed), problems
+
+
+def _check(
+    folder: Path, name: str, entry: dict[str, Any], inspect: Callable[[Path], str | None] | None
+) -> Problem | None:
+    path = folder / name
+    if not path.is_file():
+        return Problem(name, "missing", entry["size"], None)
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return Problem(name, "wrong size", entry["size"], size)
+    digest = sha256_file(path)
+    if digest != entry["sha256"]:
+        return Problem(name, "wrong content", entry["sha256"], digest)
+    fault = inspect(path) if inspect else None
+    return Problem(name, fault) if fault else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Relative POSIX names of all files but the top manifest, sorted."""
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()]
+    return iter(sorted(n for n in names if n != MANIFEST))
+
+
+def refresh_manifest(folder: Path, names: list[str]) -> None:
+    """Take newly written files into an existing sound manifest."""
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise SourceError(f"{folder} has no sound {MANIFEST}; run `honeloom verify {folder}`")
+    for name in names:
+        path = folder / name
+        fsync_file(path)
+        manifest["files"][name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    content = {k: v for k, v in manifest.items() if k != "checksum"}
+    content["files"] = dict(sorted(content["files"].items()))
+    write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})

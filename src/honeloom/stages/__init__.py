@@ -1,0 +1,1 @@
+"""One runner per verb, each readable from top to bottom: load, build the port, call, write, verify."""

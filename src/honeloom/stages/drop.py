@@ -1,0 +1,182 @@
+"""`drop`: score every sub-layer in one pass, plan, write, reload and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
+from honeloom.backends.hf.compare import logits_gap, probe_ids
+from honeloom.backends.hf.load import load_model, load_tokenizer, max_positions
+from honeloom.backends.hf.states import Kind, RunningMean, skip_sublayers, watch_sublayers
+from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
+from honeloom.checkpoint.dtypes import torch_dtype
+from honeloom.checkpoint.folders import copy_config, copy_tokenizer
+from honeloom.checkpoint.reader import Checkpoint
+from honeloom.checkpoint.writer import TensorStream, write_checkpoint
+from honeloom.dropping.config import DropConfig
+from honeloom.dropping.cost import cache_shape, kv_bytes_per_token
+from honeloom.dropping.plan import choose_drops
+from honeloom.errors import ConfigError, RowsError, SourceError
+from honeloom.ops.noise import keyed_uniform
+from honeloom.registry import family
+from honeloom.runs.atomic import require_space, write_json
+from honeloom.stages.rows import scan
+from honeloom.stages.work import Outcome, Work
+from honeloom.types.plans import DropPlan
+from honeloom.types.report import Check, Metric
+
+__all__ = ["execute"]
+
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
+CALIBRATION_TOKENS = 2048
+CHUNK = 1 << 22
+
+
+def execute(work: Work[DropConfig]) -> Outcome:
+    """Run a drop."""
+    config, found = work.config, work.inputs["model"]
+    if found.base is not None:
+        raise ConfigError(f"{found.value} is an adapter; merge it into its base first, then drop layers of the result")
+    source = found.paths[0]
+    model = load_model(source, device=config.device, dtype=config.dtype)
+    with Checkpoint.open(source) as checkpoint:
+        architecture = architecture_of(checkpoint.config, checkpoint.names())
+        means = _score(work, model, architecture, _calibration(work, model))
+        plan = _plan(config, means)
+        write_json(work.dir / "scores.json", _scores_json(means))
+        write_json(work.dir / "drop_plan.json", plan.to_json())
+        work.log.say(f"drop: attention {list(plan.attention)}, mlp {list(plan.mlp)}, blocks {list(plan.block)}")
+        zeroed = _write_zero(checkpoint, architecture, plan, work.dir)
+        copy_config(source, work.dir)
+        copy_tokenizer(source, work.dir)
+        details = _costs(checkpoint)
+    checks = _verify(work, model, architecture, plan)
+    details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers", "vllm", "llama.cpp"]}
+    return Outcome("model", ".", _metrics(means), checks, details, relation="finetune")
+
+
+def _calibration(work: Work[DropConfig], model: Any) -> list[Encoded]:
+    """Encode the calibration rows: a seeded sample of at most `samples`."""
+    config = work.config
+    rows = scan(work, field="calibration")
+    tokenizer = load_tokenizer(work.model())
+    if tokenizer is None:
+        raise SourceError(
+            f"{work.inputs['model'].value}: no tokenizer, so calibration rows cannot be read; add tokenizer.json"
+        )
+    limit = min(max_positions(model.config, tokenizer), config.max_length or CALIBRATION_TOKENS)
+    encoder = Encoder(tokenizer, limit)
+    draws = keyed_uniform(config.seed, "drop/calibration", rows.ids)
+    chosen = sorted(range(len(rows)), key=lambda i: (draws[i], rows.ids[i]))[: config.samples]
+    encoded = []
+    for row in rows.take(chosen):
+        try:
+            encoded.append(encoder.encode_choices(row)[row.answer] if row.kind == "choice" else encoder.encode(row))
+        except UnrenderableRow as error:
+            work.log.event("skipped", row=row.id, reason=str(error))
+    if not encoded:
+        raise RowsError("no calibration row could be rendered; look at them with `honeloom rows preview`")
+    return sorted(encoded, key=lambda e: -len(e.ids))
+
+
+def _score(
+    work: Work[DropConfig], model: Any, architecture: Architecture, encoded: Sequence[Encoded]
+) -> dict[Kind, list[RunningMean]]:
+    """Mean importance of attention, MLP and block of every layer, in one pass, keeping no activations."""
+    metric = family("dropping").load(work.config.metric.type)
+    layers = model.config.get_text_config().num_hidden_layers
+    means: dict[Kind, list[RunningMean]] = {kind: [RunningMean() for _ in range(layers)] for kind in KINDS}
+    current: dict[str, torch.Tensor] = {}
+
+    def observe(kind: Kind, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        mask = current["mask"]
+        values = metric(before, after) * mask
+        means[kind][layer].add(values.double().sum(dim=1), mask.double().sum(dim=1))
+
+    def batches() -> Iterator[Sequence[Encoded]]:
+        size = work.config.batch_size
+        starts = range(0, len(encoded), size)
+        for start in work.log.track(starts, "score layers", len(starts)):
+            batch = encoded[start : start + size]
+            width = max(len(e.ids) for e in batch)
+            rows = [[1.0] * len(e.ids) + [0.0] * (width - len(e.ids)) for e in batch]
+            current["mask"] = torch.tensor(rows, device=model.device)
+            yield batch
+
+    for _ in watch_sublayers(model, architecture, batches(), observe):
+        pass
+    return means
+
+
+def _plan(config: DropConfig, means: dict[Kind, list[RunningMean]]) -> DropPlan:
+    values = {kind: [m.mean for m in means[kind]] for kind in KINDS}
+    counts = {"attention": config.attention, "mlp": config.mlp, "block": config.block}
+    return choose_drops(
+        values["attention"],
+        values["mlp"],
+        values["block"],
+        counts=counts,
+        metric=config.metric.type,
+        profile=config.profile,
+    )
+
+
+def _scores_json(means: dict[Kind, list[RunningMean]]) -> dict[str, Any]:
+    return {
+        kind: [{"layer": i, "value": m.mean, "stderr": m.stderr} for i, m in enumerate(means[kind])] for kind in KINDS
+    }
+
+
+def _write_zero(checkpoint: Checkpoint, architecture: Architecture, plan: DropPlan, folder: Path) -> list[str]:
+    """Copy the checkpoint with the output projections of dropped sub-layers set to zero; returns their names."""
+    names = checkpoint.names()
+    zeroed = [n for layer in plan.dropped_attention() for n in output_tensors(architecture, names, layer, "attention")]
+    zeroed += [n for layer in plan.dropped_mlp() for n in output_tensors(architecture, names, layer, "mlp")]
+    require_space(folder, sum(checkpoint.info(n).end - checkpoint.info(n).start for n in names))
+    write_checkpoint(folder, [_stream(checkpoint, name, name in zeroed) for name in names])
+    return zeroed
+
+
+def _stream(checkpoint: Checkpoint, name: str, zero: bool) -> TensorStream:
+    info = checkpoint.info(name)
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for start in range(0, info.elements, CHUNK):
+            piece = checkpoint.read_slice(name, start, min(info.elements, start + CHUNK))
+            yield torch.zeros_like(piece) if zero else piece
+
+    return TensorStream(name, torch_dtype(info.dtype), info.shape, chunks)
+
+
+def _costs(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parameters, cache bytes and matrix FLOPs per token; the zero profile keeps them all."""
+    infos = [checkpoint.info(name) for name in checkpoint.names()]
+    shape = cache_shape(checkpoint.config)
+    # An embedding is looked up, not multiplied; where it is tied it serves as the head and counts once.
+    matrices = sum(i.elements for i in infos if len(i.shape) == 2)
+    if not checkpoint.config.get("tie_word_embeddings"):
+        matrices -= max(i.elements for i in infos if i.shape and i.shape[0] == checkpoint.config.get("vocab_size"))
+    cache = kv_bytes_per_token(shape, shape.layers, torch_dtype(infos[0].dtype).itemsize)
+    same = {"params": sum(i.elements for i in infos), "kv_bytes_per_token": cache, "flops_per_token": 2 * matrices}
+    return {name: {"before": value, "after": value} for name, value in same.items()}
+
+
+def _verify(work: Work[DropConfig], model: Any, architecture: Architecture, plan: DropPlan) -> tuple[Check, ...]:
+    """The written model, loaded plainly, against the source with the dropped sub-layers silenced."""
+    ids = probe_ids(load_tokenizer(work.model()), model.config, work.config.seed)
+    again = load_model(work.dir, device=work.config.device, dtype=work.config.dtype)
+    with skip_sublayers(model, architecture, plan.dropped_attention(), plan.dropped_mlp()):
+        gap = logits_gap(model, again, ids)
+    return (Check("plain transformers gives the dropped model's logits (largest difference)", gap, 1e-4, gap <= 1e-4),)
+
+
+def _metrics(means: dict[Kind, list[RunningMean]]) -> tuple[Metric, ...]:
+    return tuple(
+        Metric("importance", m.mean, len(m.sums), "1 - cosine", True, m.stderr, f"{kind}.{i}")
+        for kind in KINDS
+        for i, m in enumerate(means[kind])
+    )

@@ -1,0 +1,238 @@
+"""`evaluate`: per-domain numbers with standard errors, and a paired comparison."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from honeloom.backends.hf.score import Scorer
+from honeloom.data.overlap import overlap, question_digests
+from honeloom.data.rowset import RowSet
+from honeloom.errors import InputError, RowsError
+from honeloom.evaluation.config import EvaluateConfig
+from honeloom.evaluation.statistics import Comparison, Estimate, macro_mean, paired_bootstrap, ratio_mean
+from honeloom.registry import load_target
+from honeloom.stages.inputs import ResolvedInput
+from honeloom.stages.row_records import training_digests, write_table
+from honeloom.stages.rows import scan
+from honeloom.stages.work import Outcome, Work
+from honeloom.types.report import Check, Metric
+
+__all__ = ["execute"]
+
+EXAMPLES = "examples.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a model did on one row; `correct` and `correct_norm` only for multiple choice."""
+
+    id: str
+    domain: str | None
+    loss_sum: float
+    tokens: int
+    chars: int
+    correct: bool | None = None
+    correct_norm: bool | None = None
+
+
+def execute(work: Work[EvaluateConfig]) -> Outcome:
+    """Run an evaluation."""
+    config, found = work.config, work.inputs["model"]
+    rows = scan(work, dedup=False) if config.rows else None
+    examples = _examples(work, found, rows) if rows else []
+    metrics = _summarise(examples)
+    details: dict[str, Any] = {"rows": len(examples)}
+    if rows:
+        details["overlap"] = _overlap(work, rows)
+    if config.against:
+        details["against"] = _compare(work, rows, examples)
+    if config.tasks:
+        metrics += _lm_eval(work)
+    if work.folder:
+        write_table(work.folder / EXAMPLES, _columns(examples))
+    finite = all(math.isfinite(m.value) for m in metrics)
+    return Outcome("scores", ".", tuple(metrics), (Check("every number is finite", finite, True, finite),), details)
+
+
+def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) -> list[Example]:
+    """Score every row with one model, in the rows' order."""
+    config = work.config
+    scorer = Scorer.open(
+        found.paths[0], base=found.base, device=config.device, dtype=config.dtype, batch_size=config.batch_size,
+        max_length=config.max_length, progress=work.log.track,
+    )  # fmt: skip
+    work.log.say(f"evaluate: {found.value} on {len(rows)} rows")
+    kinds = Counter(row.kind for row in rows)
+    examples: list[Example] = []
+    if kinds["chat"] or kinds["text"]:
+        scored = scorer.losses(_only(rows, {"chat", "text"}, len(rows)))
+        examples += [Example(r.id, r.domain, x.loss_sum, x.tokens, x.chars) for r, x in scored]
+    if kinds["choice"]:
+        for row, choice in scorer.choices(_only(rows, {"choice"}, len(rows))):
+            right = row.answer
+            examples.append(
+                Example(
+                    row.id, row.domain, choice.losses[right], choice.tokens[right], choice.chars[right],
+                    choice.best(per_char=False) == right, choice.best(per_char=True) == right,
+                )
+            )  # fmt: skip
+    if scorer.unscored:
+        row, reason = scorer.unscored[0]
+        work.log.warn(f"{len(scorer.unscored)} rows could not be scored; first {row.where}: {reason}")
+    if not examples:
+        raise RowsError(f"none of the {len(rows)} rows could be scored by {found.value}")
+    return examples
+
+
+class _only:
+    """The rows of some kinds, with a length for the progress display."""
+
+    def __init__(self, rows: RowSet, kinds: set[str], total: int) -> None:
+        self.rows, self.kinds, self.total = rows, kinds, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Any:
+        return (row for row in self.rows if row.kind in self.kinds)
+
+
+def _summarise(examples: Sequence[Example]) -> list[Metric]:
+    """Metrics per domain, over all rows (token-weighted) and as the mean of domains."""
+    losses = [e for e in examples if e.correct is None]
+    choices = [e for e in examples if e.correct is not None]
+    metrics: list[Metric] = []
+    if losses:
+        metrics += _by_domain(losses, "loss", "nats/token", False, lambda e: (e.loss_sum, e.tokens))
+        with_chars = [e for e in losses if e.chars]
+        metrics += _by_domain(
+            with_chars, "bits_per_char", "bits/char", False, lambda e: (e.loss_sum / math.log(2), e.chars)
+        )
+    if choices:
+        metrics += _by_domain(choices, "accuracy", "share", True, lambda e: (float(e.correct or 0), 1))
+        metrics += _by_domain(choices, "accuracy_norm", "share", True, lambda e: (float(e.correct_norm or 0), 1))
+    return metrics
+
+
+def _by_domain(examples: Sequence[Example], name: str, unit: str, higher: bool, terms: Any) -> list[Metric]:
+    groups: dict[str, list[Example]] = {}
+    for e in examples:
+        if e.domain is not None:
+            groups.setdefault(e.domain, []).append(e)
+    parts = {domain: _estimate(group, terms) for domain, group in sorted(groups.items())}
+    everything = {**parts, "all": _estimate(examples, terms)}
+    if parts:
+        everything["macro"] = macro_mean(list(parts.values()))
+    return [Metric(name, e.value, e.n, unit, higher, e.stderr, domain) for domain, e in everything.items()]
+
+
+def _estimate(examples: Iterable[Example], terms: Any) -> Estimate:
+    pairs = np.array([terms(e) for e in examples], dtype=np.float64).reshape(-1, 2)
+    return ratio_mean(pairs[:, 0], pairs[:, 1])
+
+
+def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    names = ("id", "domain", "loss_sum", "tokens", "chars", "correct", "correct_norm")
+    return {name: [getattr(e, name) for e in examples] for name in names}
+
+
+def _overlap(work: Work[EvaluateConfig], rows: RowSet) -> dict[str, Any]:
+    """How many evaluation rows ask a question that the model was tuned on."""
+    known = training_digests(work.model())
+    if work.config.train_rows:
+        files = [f for i in work.rows("train_rows") for f in i.files]
+        known |= question_digests(RowSet.scan(files, max_bad=1.0))
+    found = overlap(known, rows)
+    if found["rows"]:
+        first = found["examples"][0]
+        work.log.warn(
+            f"{found['rows']} of {len(rows)} evaluation rows ask a question the model was tuned on "
+            f"(first {first['where']}); the numbers flatter it"
+        )
+    return {**found, "training_questions_known": len(known)}
+
+
+def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence[Example]) -> dict[str, Any]:
+    found = work.inputs["against"]
+    others = _read_examples(found.paths[0]) if (found.paths[0] / EXAMPLES).exists() else None
+    if others is None:
+        if rows is None:
+            raise InputError("--against a model needs --rows to compare on")
+        others = _examples(work, found, rows)
+    metric = "loss" if any(e.correct is None for e in examples) else "accuracy"
+    pairs = [(a, b) for a, b in _paired(examples, others) if (a.correct is None) == (metric == "loss")]
+    if len(pairs) < 2:
+        raise InputError(
+            f"--against {found.value}: it shares {len(pairs)} rows with this evaluation, at least 2 are needed"
+        )
+    if any(a.tokens != b.tokens for a, b in pairs) and metric == "loss":
+        raise InputError(
+            f"--against {found.value}: its tokens differ, so losses per token cannot be compared; "
+            "compare models of one tokenizer"
+        )
+    overall = _difference(pairs, metric, work.config)
+    domains = sorted({a.domain for a, _ in pairs if a.domain is not None})
+    by_domain = {d: [(a, b) for a, b in pairs if a.domain == d] for d in domains}
+    parts = {d: _difference(p, metric, work.config) for d, p in by_domain.items() if len(p) > 1}
+    return {
+        "model": found.value,
+        "metric": metric,
+        "difference": overall.difference,
+        "ci95": [overall.low, overall.high],
+        "n": overall.n,
+        "sentence": _sentence(work.inputs["model"].value, found.value, metric, overall),
+        "domains": {d: {"difference": c.difference, "ci95": [c.low, c.high], "n": c.n} for d, c in parts.items()},
+    }
+
+
+def _difference(pairs: Sequence[tuple[Example, Example]], metric: str, config: EvaluateConfig) -> Comparison:
+    if metric == "loss":
+        terms = [(a.loss_sum, b.loss_sum, float(a.tokens)) for a, b in pairs]
+    else:
+        terms = [(float(a.correct or 0), float(b.correct or 0), 1.0) for a, b in pairs]
+    one, other, weights = np.array(terms).T
+    return paired_bootstrap(one, other, weights, resamples=config.bootstrap, seed=config.seed)
+
+
+def _sentence(one: str, other: str, metric: str, c: Comparison) -> str:
+    unit = "nats/token" if metric == "loss" else "accuracy"
+    if c.low <= 0 <= c.high:
+        interval = f"95% interval [{c.low:.4f}, {c.high:.4f}], {c.n} rows"
+        return f"no clear difference between {one} and {other}: {c.difference:+.4f} {unit}, {interval}"
+    better = (c.difference < 0) == (metric == "loss")
+    winner, loser = (one, other) if better else (other, one)
+    low, high = sorted((abs(c.low), abs(c.high)))
+    interval = f"95% interval [{low:.4f}, {high:.4f}], {c.n} rows"
+    return f"{winner} better than {loser} by {abs(c.difference):.4f} {unit}, {interval}"
+
+
+def _paired(examples: Sequence[Example], others: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Match rows by id; rows with the same id are matched in order."""
+    waiting: dict[str, list[Example]] = {}
+    for e in reversed(others):
+        waiting.setdefault(e.id, []).append(e)
+    return [(e, waiting[e.id].pop()) for e in examples if waiting.get(e.id)]
+
+
+def _read_examples(folder: Path) -> list[Example]:
+    table = pq.read_table(folder / EXAMPLES).to_pylist()
+    return [Example(**{k: row[k] for k in Example.__dataclass_fields__}) for row in table]
+
+
+def _lm_eval(work: Work[EvaluateConfig]) -> list[Metric]:
+    found, config = work.inputs["model"], work.config
+    scorer = Scorer.open(found.paths[0], base=found.base, device=config.device, dtype=config.dtype)
+    run = load_target("honeloom.backends.lm_eval:run_tasks")
+    results: list[Metric] = run(
+        scorer.model, scorer.encoder.tokenizer, config.tasks, task_path=config.task_path,
+        batch_size=config.batch_size, limit=config.limit, seed=config.seed,
+    )  # fmt: skip
+    return results

@@ -1,0 +1,232 @@
+"""Inputs: from what the user wrote to local files with a fingerprint of their content."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from honeloom import lab
+from honeloom.config.base import InputField
+from honeloom.data.sources import RowFile, fingerprint, resolve_sources
+from honeloom.errors import NotCachedError, SourceError
+from honeloom.registry import load_target
+from honeloom.runs.keys import combine_digests
+from honeloom.runs.manifest import sha256_file
+
+__all__ = [
+    "Placed",
+    "ResolvedInput",
+    "Resolver",
+    "adapter_base",
+    "artefact_fingerprint",
+    "resolve_model",
+    "resolve_rows",
+]
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+_MODEL_FILES = re.compile(
+    r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
+    r"|\.safetensors$|\.safetensors\.index\.json$|^merges\.txt$|^vocab\.txt$|\.model$|^chat_template\.(jinja|json)$"
+    r"|^examples\.parquet$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedInput:
+    """One input as found on disk.
+
+    Attributes
+    ----------
+    place : str
+        Its place in the config.
+    value : str
+        As the user wrote it.
+    paths : tuple of Path
+        The model's folder, or the files of the rows.
+    fingerprint : str
+        SHA-256 over the content; equal content has equal fingerprints wherever it lies.
+    size : int
+        Bytes.
+    files : tuple of RowFile
+        For rows: how each file is read.
+    revision : str or None
+        Commit of a hub model or dataset.
+    relative : str or None
+        For an artefact of the same run: its folder as seen from the stage that reads it.
+    missing : bool
+        A hub artefact that is not in the cache yet (only in plans).
+    base : Path or None
+        For an adapter: the folder of its base model.
+    """
+
+    place: str
+    kind: Literal["model", "rows"]
+    value: str
+    paths: tuple[Path, ...]
+    fingerprint: str
+    size: int
+    files: tuple[RowFile, ...] = ()
+    revision: str | None = None
+    relative: str | None = None
+    missing: bool = False
+    base: Path | None = None
+
+    @property
+    def published(self) -> Path | None:
+        """For an artefact of the same run: the folder it will have."""
+        return Path(self.value) if self.relative else None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An artefact that the running recipe has just made: where it is now, and its content."""
+
+    path: Path
+    fingerprint: str
+    relative: str
+
+
+class Resolver:
+    """Finds and fingerprints inputs, each only once.
+
+    Parameters
+    ----------
+    fetch : bool
+        Whether a hub id may be downloaded; otherwise it comes back `missing`.
+    pending : mapping, optional
+        Paths that stages of the running recipe will have -> the stage's name. Until `place`
+        says where such an artefact is, it resolves to a symbol without content.
+    """
+
+    def __init__(self, *, fetch: bool = True, pending: Mapping[str, str] | None = None) -> None:
+        self._fetch = fetch
+        self._pending = dict(pending or {})
+        self._placed: dict[str, Placed] = {}
+        self._found: dict[tuple[str, str], ResolvedInput] = {}
+
+    def place(self, value: str, placed: Placed) -> None:
+        """Say where an artefact of the running recipe is now."""
+        self._placed[value] = placed
+
+    def resolve(self, field: InputField) -> ResolvedInput:
+        """Return the input; SourceError names what was looked for."""
+        key = (field.kind, field.value)
+        here = self._placed.get(field.value)
+        if here is None and field.value in self._pending:
+            return ResolvedInput(field.place, field.kind, field.value, (), f"stage:{self._pending[field.value]}", 0)
+        if key not in self._found:
+            self._found[key] = self._look(field, here)
+        return replace(self._found[key], place=field.place)
+
+    def _look(self, field: InputField, here: Placed | None) -> ResolvedInput:
+        look = resolve_rows if field.kind == "rows" else resolve_model
+        try:
+            if here is None:
+                return look(field.value, field.place, fetch=self._fetch)
+            found = look(str(here.path), field.place, known=here.fingerprint)
+        except NotCachedError:
+            return ResolvedInput(field.place, field.kind, field.value, (), "", 0, missing=True)
+        return replace(found, value=field.value, relative=here.relative)
+
+
+def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
+    """Resolve one ROWS argument to its files; `known` is their fingerprint if already computed."""
+    files = resolve_sources([value], fetch_hub=lambda name: _hub("fetch_dataset", name, fetch)[0])
+    paths = tuple(f.path for f in files if f.format != "lab")
+    size = sum(p.stat().st_size for p in paths)
+    return ResolvedInput(place, "rows", value, paths, known or fingerprint(files), size, files)
+
+
+def resolve_model(value: str, place: str = "model", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
+    """Resolve one MODEL argument to a local folder; a hub id is fetched or found in the cache."""
+    path, revision = _locate_model(value, fetch)
+    names = _model_files(path)
+    size = sum((path / n).stat().st_size for n in names)
+    base = None
+    if "adapter_config.json" in names and (name := adapter_base(path)):
+        base = resolve_model(name, fetch=fetch).paths[0]
+    digest = known or _model_fingerprint(path, names)
+    return ResolvedInput(place, "model", value, (path,), digest, size, revision=revision, base=base)
+
+
+def _hub(function: str, name: str, fetch: bool) -> tuple[Path, str]:
+    located: tuple[Path, str] = load_target(f"honeloom.backends.hub:{function}")(name, fetch=fetch)
+    return located
+
+
+def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
+    if value == "lab:base":
+        return lab.base_path(), None
+    if any(ord(c) < 32 for c in value) or not value:
+        raise SourceError(f"model {value!r}: control characters are not allowed in a model's name")
+    path = Path(value).expanduser()
+    if path.is_dir():
+        if not _model_files(path):
+            raise SourceError(_not_a_model(path))
+        return path.resolve(), None
+    looks_like_path = (
+        value.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".json"} or os.sep * 2 in value
+    )
+    if path.exists() or looks_like_path or not _HUB_ID.match(value):
+        raise SourceError(
+            f"model {value!r}: no such folder; give a Hugging Face model folder, a hub id like org/name, or lab:base"
+        )
+    return _hub("fetch_model", value, fetch)
+
+
+def _not_a_model(path: Path) -> str:
+    held = sorted(p.name for p in path.iterdir())[:8]
+    pickles = [n for n in held if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    hint = (
+        f"{pickles[0]} may hold code, so only safetensors are read; convert it with the tool that made it"
+        if pickles
+        else "a model folder has config.json and *.safetensors, an adapter folder adapter_config.json"
+    )
+    return f"model {str(path)!r}: no model files (found {', '.join(held) or 'nothing'}); {hint}"
+
+
+def _model_files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if _MODEL_FILES.search(p.name) and p.is_file())
+
+
+def _model_fingerprint(folder: Path, names: Sequence[str]) -> str:
+    digests = {name: _digest(folder / name) for name in names}
+    base = adapter_base(folder) if "adapter_config.json" in names else None
+    if base is not None:
+        digests["base"] = resolve_model(base).fingerprint
+    return combine_digests(digests)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base of an adapter: beside it in the same run if it was made there, else as recorded."""
+    beside = folder / "inputs.json"
+    if beside.exists():
+        for entry in json.loads(beside.read_text())["inputs"]:
+            if entry["place"] == "model" and entry.get("relative") and (folder / entry["relative"]).is_dir():
+                return str((folder / entry["relative"]).resolve())
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise SourceError(f"{folder / 'adapter_config.json'}: not JSON: {error}") from None
+    return str(base) if base else None
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; the hub's cache already names large files by it."""
+    if path.is_symlink():
+        name = Path(os.readlink(path)).name
+        if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
+            return name
+    return sha256_file(path)
+
+
+def artefact_fingerprint(path: Path) -> str:
+    """Fingerprint of what a stage has just written, equal to what `resolve_input` would find."""
+    if path.is_file():
+        return sha256_file(path)
+    return _model_fingerprint(path, _model_files(path))

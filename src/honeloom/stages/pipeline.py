@@ -1,0 +1,206 @@
+"""Run a recipe: stages in order inside one run folder, finished ones reused, interrupted ones resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from honeloom.config.load import dump_yaml
+from honeloom.config.recipe import Recipe, Step, resolve_steps
+from honeloom.registry import load_target
+from honeloom.runs.atomic import rename, write_bytes, write_json
+from honeloom.runs.environment import describe_environment
+from honeloom.runs.journal import Journal
+from honeloom.runs.keys import combine_digests, stage_key
+from honeloom.runs.log import Console, Log, QuietConsole
+from honeloom.runs.output import Mode, Output, is_complete, open_output
+from honeloom.runs.redact import redact
+from honeloom.runs.signals import terminate_cleanly
+from honeloom.stages.inputs import Placed, Resolver
+from honeloom.stages.runner import Job, describe_inputs, load_report, prepare, run_job
+from honeloom.types.plans import StagePlan
+from honeloom.types.report import Artefact, Cost, Report
+
+__all__ = ["plan_recipe", "run_recipe"]
+
+
+def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", console: Console | None = None) -> Report:
+    """Run every stage of a recipe.
+
+    A stage whose key is already complete in `out` (or in the interrupted attempt beside it)
+    is reused. A changed recipe needs mode resume or overwrite; both keep the matching stages,
+    and the old run stays until the new one is complete.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `load_recipe`.
+    out : Path
+        The run folder.
+    mode : {"new", "resume", "overwrite"}
+        What `out` may hold: nothing, an earlier honeloom result, or anything.
+
+    Raises
+    ------
+    OutputExistsError
+        `out` holds something that `mode` does not allow.
+    VerificationError
+        A stage's result is not what it claims.
+    """
+    console = console or QuietConsole()
+    out = Path(os.path.realpath(out))
+    steps = resolve_steps(recipe, out)
+    resolver = Resolver(pending={str(s.folder): s.name for s in steps})
+    jobs = [prepare(s.verb, s.config, resolver) for s in steps]
+    key = stage_key("run", 1, {"stages": [s.name for s in steps]}, [j.key for j in jobs])
+    with terminate_cleanly(), open_output(out, key, "run", mode=mode, inputs=_read(jobs)) as output:
+        if output.reused:
+            report = load_report(out, reused=True)
+            for stage in report.details["stages"]:
+                console.say(f"{stage['name']}: reused")
+            return report
+        if not output.complete:
+            _run_in(recipe, steps, jobs, output, resolver, console)
+    return load_report(out)
+
+
+def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
+    """Say what `run_recipe` would do; loads no weights and writes nothing."""
+    out = Path(os.path.realpath(out))
+    steps = resolve_steps(recipe, out)
+    resolver = Resolver(fetch=False, pending={str(s.folder): s.name for s in steps})
+    plans = []
+    for step in steps:
+        job = prepare(step.verb, step.config, resolver)
+        state = "run"
+        if is_complete(step.folder, job.key):
+            state = "reuse"
+            _place(resolver, step, step.folder, load_report(step.folder))
+        plans.append(job.plan(step.name, state))
+    return plans
+
+
+def _run_in(
+    recipe: Recipe, steps: Sequence[Step], outside: Sequence[Job], output: Output, resolver: Resolver, console: Console
+) -> None:
+    (output.work / "stages").mkdir(exist_ok=True)
+    reports: list[Report] = []
+    for number, step in enumerate(steps, 1):
+        job = prepare(step.verb, step.config, resolver)
+        folder = output.work / "stages" / step.folder.name
+        _adopt(output.final / "stages" / step.folder.name, folder, job.key)
+        if is_complete(folder, job.key):
+            console.say(f"[{number}/{len(steps)}] {step.name}: reused")
+            report = load_report(folder)
+        else:
+            console.say(f"[{number}/{len(steps)}] {step.name}: {step.verb}")
+            report = run_job(job, folder, mode="resume", shown=step.folder, console=console)
+        _place(resolver, step, folder, report)
+        reports.append(report)
+    _write_run(recipe, steps, outside, reports, output, console)
+    output.finish()
+
+
+def _read(jobs: Sequence[Job]) -> list[Path]:
+    return [p for job in jobs for i in job.inputs.values() for p in i.paths]
+
+
+def _place(resolver: Resolver, step: Step, folder: Path, report: Report) -> None:
+    assert report.artefact is not None  # every stage of a recipe writes
+    resolver.place(str(step.folder), Placed(folder, report.artefact.sha256, f"../{folder.name}"))
+
+
+def _adopt(old: Path, folder: Path, key: str) -> None:
+    """Link a matching finished stage of the run that is being replaced into the new one."""
+    if folder.exists() or not is_complete(old, key):
+        return
+    temporary = folder.with_name(f".{folder.name}.adopt")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(old, temporary, copy_function=_link)
+    rename(temporary, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _write_run(
+    recipe: Recipe,
+    steps: Sequence[Step],
+    jobs: Sequence[Job],
+    reports: Sequence[Report],
+    output: Output,
+    console: Console,
+) -> None:
+    folder = output.work
+    with Journal(folder / "events.jsonl", durable=False) as events:
+        Log(console, events).event("end", stages=len(steps))
+    lock = {**recipe.model_dump(mode="json"), "stages": {s.name: {s.verb: _reference(s, steps)} for s in steps}}
+    write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(lock)).encode())
+    described = [describe_inputs(job) for job in jobs]
+    write_json(
+        folder / "inputs.json",
+        {
+            "schema": "honeloom.inputs/1",
+            "key": output.key,
+            "stages": {s.name: d["inputs"] for s, d in zip(steps, described, strict=True)},
+        },
+    )
+    write_json(folder / "environment.json", describe_environment())
+    report = _summarise(recipe, steps, reports, output.final)
+    write_json(folder / "report.json", report.to_json())
+    outside = [i for job in jobs for i in job.inputs.values() if i.paths]
+    load_target("honeloom.reporting.card:write_card")(folder, report, outside)
+    load_target("honeloom.reporting.page:write_page")(folder, report)
+
+
+def _reference(step: Step, steps: Sequence[Step]) -> object:
+    """The stage's settings with paths of earlier stages written as $name again."""
+    names = {str(s.folder): f"${s.name}" for s in steps}
+
+    def walk(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v) for v in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    return walk(step.config.model_dump(mode="json"))
+
+
+def _summarise(recipe: Recipe, steps: Sequence[Step], reports: Sequence[Report], out: Path) -> Report:
+    stages = [
+        {
+            "name": step.name,
+            "verb": step.verb,
+            "out": report.out,
+            "artefact": asdict(report.artefact) if report.artefact else None,
+            "needs": list(step.needs),
+            "seconds": report.cost.seconds,
+        }
+        for step, report in zip(steps, reports, strict=True)
+    ]
+    named = list(zip(steps, reports, strict=True))
+    digests = {s.name: r.artefact.sha256 for s, r in named if r.artefact}
+    return Report(
+        verb="run",
+        status="ok",
+        out=str(out),
+        seed=recipe.seed,
+        artefact=Artefact("run", str(out), combine_digests(digests)),
+        metrics=tuple(replace(m, name=f"{s.name}/{m.name}") for s, r in named for m in r.metrics),
+        verification=tuple(replace(c, claim=f"{s.name}: {c.claim}") for s, r in named for c in r.verification),
+        warnings=tuple(f"{s.name}: {w}" for s, r in named for w in r.warnings),
+        cost=Cost(
+            round(sum(r.cost.seconds for r in reports), 3),
+            round(sum(r.cost.cpu_seconds for r in reports), 3),
+            max(r.cost.peak_rss_bytes for r in reports),
+        ),
+        details={"description": recipe.description, "stages": stages},
+    )

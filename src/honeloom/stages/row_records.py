@@ -1,0 +1,82 @@
+"""Which rows a stage touched: small Parquet records beside the artefact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from honeloom.data.overlap import question_digest
+from honeloom.types.rows import Row
+
+__all__ = ["ROWS_FILE", "find_row", "training_digests", "write_table", "write_training_rows"]
+
+ROWS_FILE = "training_rows.parquet"
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> None:
+    """Write columns as Parquet with stable bytes."""
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def write_training_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Record id and question digest of every training row: for lineage and overlap checks, no text."""
+    ids, digests = [], []
+    for row in rows:
+        ids.append(row.id)
+        digests.append(question_digest(row))
+    write_table(folder / ROWS_FILE, {"id": ids, "question": pa.array(digests, pa.binary())})
+
+
+def find_row(folder: Path, row_id: str) -> str | None:
+    """What a stage did with a row, or None: trained on, (not) selected, rejected: why, evaluated on."""
+    if _has(folder / ROWS_FILE, row_id):
+        return "trained on"
+    if (folder / "scores.parquet").exists():
+        table = pq.read_table(folder / "scores.parquet", columns=["id", "selected"], filters=[("id", "=", row_id)])
+        if table.num_rows:
+            return "selected" if table["selected"][0].as_py() else "not selected"
+    if (folder / "rejected.parquet").exists():
+        table = pq.read_table(folder / "rejected.parquet", filters=[("id", "=", row_id)])
+        if table.num_rows:
+            return f"rejected: {table['reason'][0].as_py()}"
+    return "evaluated on" if _has(folder / "examples.parquet", row_id) else None
+
+
+def _has(path: Path, row_id: str) -> bool:
+    return path.exists() and pq.read_table(path, columns=["id"], filters=[("id", "=", row_id)]).num_rows > 0
+
+
+def training_digests(model: Path) -> set[bytes]:
+    """Question digests of every row that a model, or any model it was made from, was tuned on.
+
+    Follows the chain of `inputs.json` as far as the folders still exist.
+    """
+    digests: set[bytes] = set()
+    for folder in _ancestors(model):
+        if (folder / ROWS_FILE).exists():
+            column = pq.read_table(folder / ROWS_FILE, columns=["question"])["question"]
+            digests.update(d for d in column.to_pylist() if d is not None)
+    return digests
+
+
+def _ancestors(model: Path) -> Iterator[Path]:
+    seen: set[Path] = set()
+    stack = [model.resolve()]
+    while stack:
+        folder = stack.pop()
+        if folder in seen:
+            continue
+        seen.add(folder)
+        yield folder
+        record = folder / "inputs.json"
+        if not record.exists():
+            continue
+        for entry in json.loads(record.read_bytes()).get("inputs", []):
+            if entry["kind"] == "model":
+                places = [folder / entry["relative"]] if entry["relative"] else [Path(p) for p in entry["paths"]]
+                stack += [p.resolve() for p in places if p.is_dir()]

@@ -1,0 +1,157 @@
+"""Rows for people and for stages: scan with quarantine, preview, convert."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from honeloom.backends.hf.chat import Encoder, UnrenderableRow
+from honeloom.backends.hf.load import load_config, load_tokenizer, max_positions
+from honeloom.data.reader import read_rows
+from honeloom.data.rowset import RowSet
+from honeloom.data.writer import convert_rows
+from honeloom.errors import ConfigError, OutputExistsError, RowsError, SourceError
+from honeloom.runs.atomic import fsync_dir
+from honeloom.stages.inputs import resolve_model, resolve_rows
+from honeloom.stages.work import Work
+from honeloom.types.rows import Rejected, Row
+
+__all__ = ["convert", "place_of", "preview", "scan", "tell_rejected"]
+
+
+def scan(work: Work[Any], *, field: str = "rows", near_duplicates: float | None = None, dedup: bool = True) -> RowSet:
+    """Read a stage's rows with its limits, and tell what was rejected."""
+    config = work.config
+    files = [f for i in work.rows(field) for f in i.files]
+    rows = RowSet.scan(
+        files,
+        limit=config.limit,
+        strict=config.strict,
+        max_bad=config.max_bad,
+        dedup=dedup,
+        near_duplicates=near_duplicates,
+    )
+    tell_rejected(work, rows)
+    return rows if config.split is None else _part(rows, *config.split)
+
+
+def _part(rows: RowSet, start: float, stop: float) -> RowSet:
+    """The rows whose id lies in [start, stop)."""
+    chosen = [i for i, row_id in enumerate(rows.ids) if start <= place_of(row_id) < stop]
+    if not chosen:
+        raise RowsError(f"split {start}-{stop}: none of the {len(rows)} rows lies in it; widen it")
+    return rows.take(chosen)
+
+
+def place_of(row_id: str) -> float:
+    """Place of an id in [0, 1): its SHA-256 in hex, read from the last digit."""
+    return int(hashlib.sha256(row_id.encode()).hexdigest()[:-14:-1], 16) / 16**13
+
+
+def tell_rejected(work: Work[Any], rows: RowSet) -> None:
+    """Warn once about rows that were left out, by kind."""
+    if rows.rejected:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(rows.counts.rejected.items()))
+        first = rows.rejected[0]
+        work.log.warn(
+            f"{len(rows.rejected)} of {rows.counts.rows_in} rows left out ({kinds}); "
+            f"first {first.where}: {first.reason}"
+        )
+
+
+def preview(
+    sources: Sequence[str], model: str, *, count: int, limit: int | None, max_length: int | None
+) -> dict[str, Any]:
+    """Render the first rows and say per piece of text whether it is trained.
+
+    Raises
+    ------
+    TemplateError
+        The chat template never makes the turn end a label.
+    SourceError
+        The model has no tokenizer.
+    """
+    found = resolve_model(model)
+    tokenizer = load_tokenizer(found.paths[0], base=found.base)
+    if tokenizer is None:
+        raise SourceError(f"{model}: no tokenizer, so rows cannot be rendered; name a model that has one")
+    limit_tokens = max_positions(load_config(found.base or found.paths[0]), tokenizer)
+    encoder = Encoder(tokenizer, min(limit_tokens, max_length or limit_tokens), train=True)
+    shown: list[dict[str, Any]] = []
+    counts = {"rows": 0, "rejected": 0, "tokens": 0, "trained": 0, "truncated": 0}
+    rejected: list[dict[str, str]] = []
+    for row in read_rows([f for s in sources for f in resolve_rows(s).files], limit=limit or count):
+        if isinstance(row, Rejected):
+            counts["rejected"] += 1
+            rejected.append({"where": str(row.where), "reason": row.reason})
+            continue
+        _preview_row(row, encoder, counts, shown, rejected)
+    plain = encoder.template is None
+    return {
+        "model": model,
+        "template": "plain" if plain else "chat_template",
+        **counts,
+        "shown": shown[:count],
+        "reasons": rejected[:20],
+    }
+
+
+def _preview_row(
+    row: Row, encoder: Encoder, counts: dict[str, int], shown: list[dict[str, Any]], rejected: list[dict[str, str]]
+) -> None:
+    try:
+        if row.kind == "choice":
+            raise UnrenderableRow("multiple-choice rows are for evaluation")
+        encoded = encoder.encode(row)
+    except UnrenderableRow as error:
+        counts["rejected"] += 1
+        rejected.append({"where": str(row.where), "reason": str(error)})
+        return
+    counts["rows"] += 1
+    counts["tokens"] += len(encoded.ids)
+    counts["trained"] += encoded.targets
+    counts["truncated"] += encoded.truncated
+    pieces: list[dict[str, Any]] = []
+    run: list[int] = []
+    for i, token in enumerate(encoded.ids):
+        run.append(token)
+        if i + 1 == len(encoded.ids) or encoded.scored[i + 1] != encoded.scored[i]:
+            pieces.append({"text": encoder.tokenizer.decode(run), "trained": encoded.scored[i]})
+            run = []
+    shown.append({"id": row.id, "where": str(row.where), "truncated": encoded.truncated, "pieces": pieces})
+
+
+def convert(
+    sources: Sequence[str], out: Path, *, to: str, limit: int | None, overwrite: bool
+) -> tuple[int, list[Rejected]]:
+    """Convert rows to another format; the file appears only when it is complete.
+
+    Returns
+    -------
+    (int, list of Rejected)
+        Rows written, and rows that could not be read or expressed.
+    """
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} exists; name another file or pass --overwrite")
+    formats = ("messages", "alpaca", "sharegpt", "prompt-completion")
+    if to not in formats:
+        raise ConfigError(f"--to {to!r}: choose one of {', '.join(formats)}")
+    rejected: list[Rejected] = []
+
+    def usable() -> Any:
+        for row in read_rows([f for s in sources for f in resolve_rows(s).files], limit=limit):
+            if isinstance(row, Rejected):
+                rejected.append(row)
+            else:
+                yield row
+
+    temporary = out.with_name(f".{out.name.split('.')[0]}.partial.{'.'.join(out.name.split('.')[1:])}")
+    try:
+        written, unfit = convert_rows(usable(), to, temporary)  # type: ignore[arg-type]
+        temporary.replace(out)
+        fsync_dir(out.resolve().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return written, rejected + unfit

@@ -1,0 +1,233 @@
+"""Run one stage: plan it, find its result, or do the work and prove it.
+
+Every verb passes through here, alone or in a recipe. This module is light; a verb's runner
+(and with it torch) is imported only when there is work to do.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from honeloom.config.base import VerbConfig, collect_inputs
+from honeloom.config.load import dump_yaml
+from honeloom.errors import VerificationError
+from honeloom.registry import family, load_target
+from honeloom.runs.atomic import write_bytes, write_json
+from honeloom.runs.environment import describe_environment
+from honeloom.runs.journal import Journal
+from honeloom.runs.keys import stage_key
+from honeloom.runs.log import Console, Log, QuietConsole
+from honeloom.runs.output import Mode, Output, open_output
+from honeloom.runs.redact import redact
+from honeloom.runs.signals import terminate_cleanly
+from honeloom.stages.inputs import ResolvedInput, Resolver, artefact_fingerprint
+from honeloom.stages.work import Outcome, Work
+from honeloom.types.plans import StagePlan
+from honeloom.types.report import Artefact, Cost, Report
+from honeloom.verbs import VERBS, Verb
+
+__all__ = ["SIDE_FILES", "Job", "load_report", "prepare", "run_job", "write_side_files"]
+
+SIDE_FILES = (
+    "report.json",
+    "recipe.lock.yaml",
+    "inputs.json",
+    "environment.json",
+    "events.jsonl",
+    "README.md",
+    "report.html",
+    "manifest.json",
+)
+"""What stands beside every artefact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage that is ready to run: settings, inputs found, key computed."""
+
+    verb: Verb
+    config: VerbConfig
+    inputs: Mapping[str, ResolvedInput]
+    key: str
+
+    def plan(self, name: str, state: str) -> StagePlan:
+        """Describe the job for `--dry-run`."""
+        return StagePlan(
+            stage=name,
+            verb=self.verb.name,
+            key=self.key,
+            state=state,
+            inputs={p: i.value for p, i in self.inputs.items()},
+            downloads=tuple(i.value for i in self.inputs.values() if i.missing),
+            bytes_in=sum(i.size for i in self.inputs.values()),
+            config=self.config.model_dump(mode="json"),
+        )
+
+
+def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
+    """Resolve a stage's inputs and compute its key.
+
+    Parameters
+    ----------
+    verb_name : str
+        A name in `VERBS`.
+    config : VerbConfig
+        Its settings.
+    resolver : Resolver
+        Finds the inputs.
+    """
+    verb = VERBS[verb_name]
+    inputs = {f.place: resolver.resolve(f) for f in collect_inputs(config)}
+    neutral = config.model_dump(mode="json")
+    for place in inputs:
+        _blank(neutral, place.split("."))
+    settings = {"method_versions": _method_versions(verb, config), **neutral}
+    key = stage_key(verb.name, verb.version, settings, [i.fingerprint for i in inputs.values()])
+    return Job(verb, config, inputs, key)
+
+
+def _method_versions(verb: Verb, config: VerbConfig) -> list[int]:
+    chosen = getattr(config, "method", None) or getattr(config, "metric", None)
+    return [family(verb.family).get(chosen.type).version] if verb.family and chosen is not None else []
+
+
+def _blank(node: Any, parts: list[str]) -> None:
+    """Replace an input's path in the dumped config: content decides, not the place."""
+    for part in parts[:-1]:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[int(parts[-1]) if isinstance(node, list) else parts[-1]] = "<input>"
+
+
+def run_job(
+    job: Job,
+    out: Path | None,
+    *,
+    mode: Mode = "new",
+    shown: Path | None = None,
+    console: Console | None = None,
+) -> Report:
+    """Do a job, or return its finished result.
+
+    Parameters
+    ----------
+    job : Job
+        From `prepare`.
+    out : Path or None
+        Output folder; None only for verbs that can work without one.
+    mode : {"new", "resume", "overwrite"}
+        What may be replaced, as in `open_output`; overwrite also repeats finished work.
+    shown : Path, optional
+        The path that `out` will have once the run it belongs to is published.
+    console : Console, optional
+        Where messages go; silent by default.
+
+    Raises
+    ------
+    VerificationError
+        The result is not what it claims; nothing is published.
+    """
+    console = console or QuietConsole()
+    with terminate_cleanly():
+        if out is None:
+            return _execute(job, None, Log(console), shown=None, resumed=False)[0]
+        read = [p for i in job.inputs.values() for p in i.paths]
+        with open_output(out, job.key, job.verb.name, mode=mode, reuse=mode != "overwrite", inputs=read) as output:
+            if output.reused:
+                console.say(f"{job.verb.name}: reused {output.final}")
+                return load_report(output.final, reused=True)
+            if not output.complete:
+                _work_in(job, output, shown or output.final, console)
+        return load_report(output.final)
+
+
+def _work_in(job: Job, output: Output, shown: Path, console: Console) -> None:
+    (output.work / "events.jsonl").unlink(missing_ok=True)
+    with Journal(output.work / "events.jsonl", durable=False) as events:
+        log = Log(console, events)
+        log.event("start", verb=job.verb.name, key=job.key, resumed=output.resumed)
+        if output.resumed:
+            log.say(f"{job.verb.name}: resuming the interrupted work in {output.work}")
+        report, outcome = _execute(job, output.work, log, shown=shown, resumed=output.resumed)
+        log.event("end", status=report.status)
+    write_side_files(output.work, job, report, outcome.relation)
+    if report.status == "failed":
+        failed = [c for c in report.verification if not c.passed]
+        raise VerificationError(
+            f"{job.verb.name}: {failed[0].claim}: measured {failed[0].value}, limit {failed[0].limit}; "
+            f"nothing was published, the evidence is in {output.work}"
+        )
+    output.finish()
+
+
+def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, resumed: bool) -> tuple[Report, Outcome]:
+    started, cpu = time.monotonic(), time.process_time()
+    execute = load_target(job.verb.execute)
+    outcome: Outcome = execute(Work(job.config, folder, job.inputs, log, resumed))
+    artefact = None
+    if folder and shown:
+        path = shown if outcome.artefact == "." else shown / outcome.artefact
+        artefact = Artefact(outcome.kind, str(path), artefact_fingerprint(folder / outcome.artefact))
+    report = Report(
+        verb=job.verb.name,
+        status="ok" if all(check.passed for check in outcome.checks) else "failed",
+        out=str(shown) if shown else None,
+        seed=job.config.seed,
+        artefact=artefact,
+        metrics=outcome.metrics,
+        verification=outcome.checks,
+        warnings=tuple(log.warnings),
+        cost=Cost(round(time.monotonic() - started, 3), round(time.process_time() - cpu, 3), peak_rss()),
+        details=outcome.details,
+    )
+    return report, outcome
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def load_report(folder: Path, *, reused: bool = False) -> Report:
+    """Read a finished folder's `report.json`."""
+    return Report.from_json(json.loads((folder / "report.json").read_bytes()), reused=reused)
+
+
+def write_side_files(folder: Path, job: Job, report: Report, relation: str | None) -> None:
+    """Write everything that stands beside the artefact, except the manifest."""
+    lock = {"version": 1, "stages": {job.verb.name: {job.verb.name: job.config.model_dump(mode="json")}}}
+    write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(lock)).encode())
+    write_json(folder / "inputs.json", describe_inputs(job))
+    write_json(folder / "environment.json", describe_environment())
+    write_json(folder / "report.json", report.to_json())
+    load_target("honeloom.reporting.card:write_card")(folder, report, list(job.inputs.values()), relation)
+    load_target("honeloom.reporting.page:write_page")(folder, report)
+
+
+def describe_inputs(job: Job) -> dict[str, Any]:
+    """Content of `inputs.json`: what was read, by content hash; the links of the lineage chain."""
+    return {
+        "schema": "honeloom.inputs/1",
+        "key": job.key,
+        "inputs": [_describe_input(i) for i in job.inputs.values()],
+    }
+
+
+def _describe_input(found: ResolvedInput) -> dict[str, Any]:
+    return {
+        "place": found.place,
+        "kind": found.kind,
+        "value": found.value,
+        "paths": [] if found.relative else [str(p) for p in found.paths],
+        "relative": found.relative,
+        "revision": found.revision,
+        "sha256": found.fingerprint,
+        "bytes": found.size,
+    }

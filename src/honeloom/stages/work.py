@@ -1,0 +1,69 @@
+"""What a stage gets and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from honeloom.config.base import VerbConfig
+from honeloom.runs.log import Log
+from honeloom.stages.inputs import ResolvedInput
+from honeloom.types.report import ArtefactKind, Check, Metric
+
+__all__ = ["Outcome", "Work"]
+
+ConfigT = TypeVar("ConfigT", bound=VerbConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[ConfigT]):
+    """A stage's view of the run: where to write, what to read, whom to tell.
+
+    Attributes
+    ----------
+    config : VerbConfig
+        The verb's typed settings.
+    folder : Path or None
+        Folder to write to; it becomes the output when the stage ends well. May hold files
+        of an interrupted attempt with the same key (`resumed`). None: write nothing.
+    inputs : mapping
+        Resolved inputs by their place in the config ("model", "rows.0", "models.1.model").
+    """
+
+    config: ConfigT
+    folder: Path | None
+    inputs: Mapping[str, ResolvedInput]
+    log: Log
+    resumed: bool = False
+
+    def model(self, place: str = "model") -> Path:
+        """Local folder of a model input."""
+        return self.inputs[place].paths[0]
+
+    def rows(self, field_name: str = "rows") -> tuple[ResolvedInput, ...]:
+        """Every input of a rows field, in order."""
+        return tuple(i for p, i in self.inputs.items() if p.startswith(f"{field_name}."))
+
+    @property
+    def dir(self) -> Path:
+        """The folder of a stage that always writes."""
+        assert self.folder is not None  # `run_job` lets only `evaluate` work without one
+        return self.folder
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage reports.
+
+    `artefact` is the path below the output that is the result itself; `relation` is how a
+    model descends from its parents (adapter, finetune, merge or quantized).
+    """
+
+    kind: ArtefactKind
+    artefact: str = "."
+    metrics: tuple[Metric, ...] = ()
+    checks: tuple[Check, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    relation: str | None = None

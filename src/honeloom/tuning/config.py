@@ -1,0 +1,90 @@
+"""Settings of `tune`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from honeloom.config.base import Config, ModelInput, RowsConfig, RowsInput
+
+__all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
+
+
+class LoraMethodConfig(Config):
+    """Low-rank adapters; the base stays as it is."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(8, gt=0, le=4096)
+    alpha: float | None = Field(None, gt=0, description="Scale numerator; default 2 x rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Modules that get adapters.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+
+class FullConfig(Config):
+    """All weights are trained."""
+
+    type: Literal["full"] = "full"
+
+
+TuneMethod = Annotated[LoraMethodConfig | FullConfig, Field(discriminator="type")]
+
+
+class AdamWConfig(Config):
+    """AdamW with decoupled weight decay."""
+
+    type: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class SgdConfig(Config):
+    """Plain stochastic gradient descent."""
+
+    type: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+Optimizer = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
+
+
+class TuneConfig(RowsConfig):
+    """Tune a model on one machine."""
+
+    model: ModelInput
+    rows: RowsInput = Field(min_length=1)
+    method: TuneMethod = Field(default_factory=LoraMethodConfig)
+    optimizer: Optimizer = Field(default_factory=AdamWConfig)
+    lr: float | None = Field(None, gt=0, description="Default 2e-4 for lora, 2e-5 for full.")
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after N optimizer steps.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; default 1 without max_steps.")
+    batch_size: int = Field(8, gt=0, description="Rows per forward pass.")
+    accumulate: int = Field(1, gt=0, description="Forward passes per optimizer step.")
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
+    checkpoint_every: int = Field(200, gt=0, description="Optimizer steps between resumable checkpoints.")
+    report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = ()
+
+    @field_validator("method", "optimizer", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TuneConfig:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give max_steps or epochs, not both")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate in force."""
+        if self.lr is not None:
+            return self.lr
+        return 2e-4 if self.method.type == "lora" else 2e-5

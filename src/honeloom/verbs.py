@@ -1,0 +1,47 @@
+"""The verbs that compute: where their settings and runners live, as strings.
+
+Nothing heavy is imported here; `stages.runner` loads a verb's settings to plan it, and its
+runner only when there is work to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["VERBS", "Verb"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command of the pipeline.
+
+    Attributes
+    ----------
+    name : str
+        Command, function and recipe key.
+    config : str
+        "module:Class" of its settings.
+    execute : str
+        "module:function" of its runner: (Work) -> Outcome.
+    version : int
+        Raised when the stage's own numbers change.
+    family : str or None
+        Kind of method its `method` or `metric` field names, if any.
+    """
+
+    name: str
+    config: str
+    execute: str
+    version: int = 1
+    family: str | None = None
+
+
+_ALL = (
+    Verb("select", "honeloom.selection.config:SelectConfig", "honeloom.stages.select:execute", family="selection"),
+    Verb("tune", "honeloom.tuning.config:TuneConfig", "honeloom.stages.tune:execute", family="tuning"),
+    Verb("merge", "honeloom.merging.config:MergeConfig", "honeloom.stages.merge:execute", family="merging"),
+    Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", family="dropping"),
+    Verb("evaluate", "honeloom.evaluation.config:EvaluateConfig", "honeloom.stages.evaluate:execute"),
+)
+
+VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
