@@ -18,10 +18,11 @@ from honeloom.lab import splits, world
 
 SPLITS: tuple[lab.Split, ...] = ("pool", "dev", "test")
 GOLDEN = {
-    "pool": "935636c735a7b479a8cb35fbf0f6b7063d5dba4705d052ec5cbefbe563c16af5",
-    "dev": "fcbad2f669f33d9b65047ec7ec58b154634eb4fcf2f6c50ddb6c016d63e943f7",
-    "test": "8a06bb64682370199d2c156c40c74e57d1b313a87f2d1940ade35671eadb0c0d",
+    "pool": "bd7317d4cb59878e13d78955d3fceaaf743e4a2cf65c2100eb654e02a0dc4452",
+    "dev": "aa2c09737ad8fa46968141900a5c8fa368ec8315717cf0934563b6181d840680",
+    "test": "b5870c301a6feebf4089318d73b6204264035c86c79f754cc115743db27c0d14",
 }
+GOLDEN_TRAINING_TEXT = "34ab9c8337b031a54bbfc4ccfb6f6ffaa28b907c65b531331e711bfa25e81684"
 DIGEST = (
     "import hashlib, json, sys; from honeloom import lab; "
     "print(*(hashlib.sha256(json.dumps([list(lab.rows(s)), lab.truth(s)], sort_keys=True).encode()).hexdigest() "
@@ -118,6 +119,12 @@ def test_no_content_is_in_two_splits() -> None:
     assert not pool & dev
     assert not pool & test
     assert not dev & test
+
+
+def test_training_text_is_the_one_of_the_shipped_weights() -> None:
+    stream = world.pretraining(1)
+    text = json.dumps([(q.prompt, q.answer) for q in (next(stream) for _ in range(2000))])
+    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN_TRAINING_TEXT
 
 
 def test_no_content_is_in_the_training_text_except_facts() -> None:
