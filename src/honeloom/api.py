@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from honeloom.config.recipe import load_recipe
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
-from honeloom.runs.output import Mode, is_complete
+from honeloom.runs.output import Mode, is_complete, locate
 from honeloom.stages.inputs import Resolver, resolve_model
 from honeloom.stages.pipeline import plan_recipe, run_recipe
 from honeloom.stages.runner import prepare, run_job
@@ -49,7 +48,7 @@ def select(rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **optio
     InputError
         A setting, the rows or the model cannot be used.
     """
-    return _run_verb("select", output_dir, {"rows": _texts(rows), **options})
+    return _run_verb("select", output_dir, {"rows": rows, **options})
 
 
 def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
@@ -73,7 +72,7 @@ def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: Pa
     NotFiniteError
         The loss became NaN or infinite; nothing is published.
     """
-    return _run_verb("tune", output_dir, {"model": str(model), "rows": _texts(rows), **options})
+    return _run_verb("tune", output_dir, {"model": str(model), "rows": rows, **options})
 
 
 def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: Any) -> Report:
@@ -93,8 +92,9 @@ def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: An
     IncompatibleModelsError
         The models cannot be merged; the message names the field and both values.
     """
-    data = config if isinstance(config, dict) else load_yaml(Path(config))
-    return _run_verb("merge", output_dir, {**data, **options})
+    if isinstance(config, dict):
+        return _run_verb("merge", output_dir, {**config, **options})
+    return _run_verb("merge", output_dir, {**load_yaml(Path(config)), **options}, reads=[Path(config)])
 
 
 def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
@@ -150,7 +150,8 @@ def run(
     mode : {"new", "resume", "overwrite"}
         What `output_dir` may hold. Stages that match are reused in every mode.
     """
-    return run_recipe(load_recipe(Path(recipe), set), Path(output_dir), mode=mode, console=console)
+    path = Path(recipe)
+    return run_recipe(load_recipe(path, set), Path(output_dir), mode=mode, reads=[path], console=console)
 
 
 def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> list[StagePlan]:
@@ -170,7 +171,7 @@ def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> l
         return plan_recipe(recipe, Path(output_dir or "run"))
     given = {k: v for k, v in settings.items() if v is not None}
     job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver(fetch=False))
-    done = output_dir is not None and is_complete(Path(os.path.realpath(output_dir)), job.key)
+    done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
     return [job.plan(verb, "reuse" if done else "run")]
 
 
@@ -188,11 +189,9 @@ def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") ->
     )
 
 
-def _texts(rows: PathLike | Sequence[PathLike]) -> list[str]:
-    return [str(rows)] if isinstance(rows, str | Path) else [str(r) for r in rows]
-
-
-def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any]) -> Report:
+def _run_verb(
+    verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()
+) -> Report:
     """Validate settings (None means the default), find the inputs, run."""
     mode: Mode = options.pop("mode", "new")
     console: Console | None = options.pop("console", None)
@@ -200,4 +199,4 @@ def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any]) -
         raise ConfigError(f"{verb} writes its result: give an output folder (--output-dir OUT)")
     given = {k: v for k, v in options.items() if v is not None}
     job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver())
-    return run_job(job, Path(output_dir) if output_dir else None, mode=mode, console=console)
+    return run_job(job, Path(output_dir) if output_dir else None, mode=mode, reads=reads, console=console)

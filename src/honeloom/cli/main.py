@@ -26,7 +26,7 @@ from honeloom.cli.typer_fixes import mend_typer
 from honeloom.cli.verify import verify
 from honeloom.errors import HoneloomError
 from honeloom.runs.redact import redact
-from honeloom.runs.signals import Terminated
+from honeloom.runs.signals import Terminated, terminate_cleanly
 
 __all__ = ["app", "main"]
 
@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        result = app(args=arguments, standalone_mode=False)
+        with terminate_cleanly():
+            result = app(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except HoneloomError as error:
         return _fail(str(error), error.exit_code)

@@ -51,7 +51,9 @@ class Terminal:
 
     def show_report(self, report: Report) -> None:
         """Print metrics and verification of a finished verb."""
-        if report.metrics:
+        if report.verb == "run":
+            self._show_run(report)
+        elif report.metrics:
             self.out.print(_metric_table(report.metrics))
         comparison = report.details.get("against")
         if comparison:
@@ -59,6 +61,19 @@ class Terminal:
         for check in report.verification:
             mark = Text("ok  ", style="green") if check.passed else Text("FAIL", style="red")
             self.out.print(Text.assemble(mark, f" {check.claim}: {_short(check.value)} (limit {_short(check.limit)})"))
+
+    def _show_run(self, report: Report) -> None:
+        """Print the run's evaluations side by side and what was compared."""
+        name, columns = evaluation_columns(report)
+        if columns:
+            domains = list(dict.fromkeys(d for values in columns.values() for d in values))
+            table = Table("domain", *columns, box=None, pad_edge=False, title=name, title_justify="left")
+            for domain in domains:
+                cells = [f"{values[domain].value:.4f}" if domain in values else "" for values in columns.values()]
+                table.add_row(Text(domain), *cells)
+            self.out.print(table)
+        for sentence in report.details["comparisons"]:
+            self.say(sentence)
 
     def show_plans(self, plans: Sequence[StagePlan]) -> None:
         """Print one row per stage."""
@@ -70,6 +85,19 @@ class Terminal:
                 *(Text(c) for c in (plan.stage, plan.verb, plan.state, f"{reads} ({plan.bytes_in:,} bytes)", downloads))
             )
         self.out.print(table)
+
+
+def evaluation_columns(report: Report) -> tuple[str, dict[str, dict[str, Metric]]]:
+    """The main metric of a run's evaluate stages: its name, and per stage the metric of every domain."""
+    stages = [s["name"] for s in report.details["stages"] if s["verb"] == "evaluate"]
+    split = [(m.name.split("/", 1), m) for m in report.metrics]
+    kind = next((name for (stage, name), _ in split if stage in stages), "")
+    columns: dict[str, dict[str, Metric]] = {}
+    for (stage, name), metric in split:
+        if stage in stages and name == kind:
+            columns.setdefault(stage, {})[metric.domain or "all"] = metric
+    unit = next((m.unit for values in columns.values() for m in values.values()), "")
+    return f"{kind} ({unit})", columns
 
 
 def _metric_table(metrics: Sequence[Metric]) -> Table:

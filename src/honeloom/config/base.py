@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -41,13 +42,19 @@ class InputMark:
     kind: Literal["model", "rows"]
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str | Path):
+        return (str(value),)
+    return tuple(_as_text(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-ModelInput = Annotated[str, InputMark("model")]
+ModelInput = Annotated[str, BeforeValidator(_as_text), InputMark("model")]
 """Hub id, id@revision, path or `lab:base`."""
-OptionalModelInput = Annotated[str | None, InputMark("model")]
+OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
 RowsInput = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows")]
 """Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")]

@@ -36,6 +36,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:  # a NUL in the name
+        raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
     return read_yaml(text, what=str(path))
 
 
@@ -116,8 +118,10 @@ def _assign(node: Any, parts: list[str], value: Any, override: str) -> None:
             raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])!r} is {node!r} and has no parts")
         if last:
             node[index] = value
-        else:
-            node = node[index] if isinstance(node, list) else node.setdefault(index, {})
+            return
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}
+        node = node[index]
 
 
 def _copy(value: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from honeloom.config.base import Config, VerbConfig, validate
 from honeloom.config.load import apply_overrides, load_yaml
@@ -45,6 +45,13 @@ class Recipe(Config):
                     f"stage {name!r}: unknown verb {verb!r}{suggest(verb, VERBS)} (known: {', '.join(VERBS)})"
                 )
         return stages
+
+    @model_validator(mode="after")
+    def _names_are_clear(self) -> Recipe:
+        both = [name for name in self.stages if name in self.vars]
+        if both:
+            raise ValueError(f"{both[0]!r} is a variable and a stage, so ${both[0]} is ambiguous; rename one of them")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

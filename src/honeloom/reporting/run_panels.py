@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from honeloom.reporting.panel import Panel, figure
+from honeloom.reporting.panel import COLOURS, Panel, figure
 from honeloom.types.report import Report
 
 __all__ = ["headline_panel"]
@@ -25,13 +25,15 @@ def headline_panel(stages: Sequence[tuple[str, Report]]) -> Panel | None:
             "name": name,
             "x": [values[d].value for d in domains if d in values],
             "y": [d for d in domains if d in values],
+            "marker": {"color": COLOURS[i % len(COLOURS)], "size": 9},
             "error_x": {
                 "type": "data",
                 "array": [values[d].stderr or 0.0 for d in domains if d in values],
-                "color": "#808080",
+                "color": COLOURS[i % len(COLOURS)],
+                "thickness": 1,
             },
         }
-        for name, values in columns.items()
+        for i, (name, values) in enumerate(columns.items())
     ]
     unit = evaluations[0][1].metrics[0].unit
     return Panel(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ __all__ = [
     "commit_point",
     "fsync_dir",
     "fsync_file",
+    "observers",
+    "remove_temporaries",
     "rename",
     "require_space",
     "write_bytes",
@@ -27,8 +31,16 @@ __all__ = [
 ]
 
 
+observers: list[Callable[[str], None]] = []
+"""Called with the label of every commit point; tests add one that kills the process or fails there."""
+
+_TEMPORARY = re.compile(r"^\..+\.tmp-\d+-[0-9a-f]{8}$")
+
+
 def commit_point(label: str) -> None:
-    """Do nothing; called before each durable change. Tests replace it to kill the process there."""
+    """Tell the observers that a durable change follows."""
+    for observe in observers:
+        observe(label)
 
 
 def fsync_file(path: Path) -> None:
@@ -67,6 +79,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `write_bytes` left below a folder when its process was killed; only for its one writer."""
+    for path in folder.rglob(".*.tmp-*"):
+        if _TEMPORARY.match(path.name):
+            path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:

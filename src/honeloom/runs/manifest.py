@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from honeloom.errors import SourceError
-from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_json
+from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_bytes
 
 __all__ = ["MANIFEST", "Problem", "load_manifest", "refresh_manifest", "sha256_file", "verify_folder", "write_manifest"]
 
@@ -62,20 +62,18 @@ def write_manifest(folder: Path, key: str, verb: str) -> None:
         files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     for parent, _, _ in os.walk(folder):
         fsync_dir(Path(parent))
-    content: dict[str, Any] = {"schema": SCHEMA, "verb": verb, "key": key, "files": files}
-    write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
+    write_bytes(folder / MANIFEST, _render({"schema": SCHEMA, "verb": verb, "key": key, "files": files}))
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest, or None where there is none or it is damaged."""
+    """Return the manifest, or None where there is none or it is damaged, be it in one byte of its spacing."""
     try:
-        document = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        raw = (folder / MANIFEST).read_bytes()
+        document = json.loads(raw)
+        sound = document["schema"] == SCHEMA and raw == _render(document)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
-    if not isinstance(document, dict) or "checksum" not in document:
-        return None
-    content = {k: v for k, v in document.items() if k != "checksum"}
-    return document if _checksum(content) == document["checksum"] else None
+    return dict(document) if sound else None
 
 
 def verify_folder(folder: Path, *, inspect: Callable[[Path], str | None] | None = None) -> tuple[int, list[Problem]]:
@@ -128,8 +126,12 @@ def _check(
     return Problem(name, fault) if fault else None
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+def _render(document: dict[str, Any]) -> bytes:
+    """The manifest's bytes: its content, then the checksum over it."""
+    content = {key: document[key] for key in ("schema", "verb", "key", "files")}
+    checksum = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    text = json.dumps({**content, "checksum": checksum}, indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -147,6 +149,5 @@ def refresh_manifest(folder: Path, names: list[str]) -> None:
         path = folder / name
         fsync_file(path)
         manifest["files"][name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    content = {k: v for k, v in manifest.items() if k != "checksum"}
-    content["files"] = dict(sorted(content["files"].items()))
-    write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
+    manifest["files"] = dict(sorted(manifest["files"].items()))
+    write_bytes(folder / MANIFEST, _render(manifest))

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from honeloom.errors import InputError, OutOfSpaceError, OutputExistsError
-from honeloom.runs.atomic import commit_point, fsync_dir, rename
+from honeloom.errors import ConfigError, InputError, OutOfSpaceError, OutputExistsError
+from honeloom.runs.atomic import commit_point, fsync_dir, remove_temporaries, rename
 from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import load_manifest, write_manifest
 
-__all__ = ["Mode", "Output", "is_complete", "open_output"]
+__all__ = ["Mode", "Output", "is_complete", "locate", "open_output"]
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -35,6 +35,8 @@ class Output:
         `final` already holds the complete result with this key; `work` is `final`.
     resumed : bool
         `work` holds files of an interrupted attempt with the same key.
+    valuable : bool
+        `work` holds something finished, so that a failure leaves it for the next attempt.
     """
 
     final: Path
@@ -44,6 +46,7 @@ class Output:
     reused: bool = False
     resumed: bool = False
     complete: bool = False
+    valuable: bool = False
 
     def finish(self) -> None:
         """Write the manifest; the folder is renamed into place when the context ends."""
@@ -89,13 +92,13 @@ def open_output(
     ------
     OutputExistsError
         `out` holds something that `mode` does not allow to replace.
+    ConfigError
+        `out` can be no folder of its own.
     LockedError
         Another process writes `out`.
     """
-    out = Path(os.path.realpath(out))
-    if out.is_file():
-        raise OutputExistsError(f"{out} is a file; --output-dir must name a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = locate(out)
+    _make_parent(out)
     with writer_lock(out):
         _recover(out)
         if reuse and is_complete(out, key):
@@ -106,10 +109,37 @@ def open_output(
         try:
             yield output
         except (InputError, OutOfSpaceError, OSError):
-            shutil.rmtree(output.work, ignore_errors=True)  # nothing in it is worth resuming
+            if not (output.resumed or output.valuable):
+                shutil.rmtree(output.work, ignore_errors=True)  # nothing in it is worth resuming
             raise
         if output.complete:
             _publish(output)
+
+
+def locate(out: Path) -> Path:
+    """Return the absolute path of an output folder, symbolic links followed.
+
+    Raises
+    ------
+    ConfigError
+        A control character in the name, or the root of the file system.
+    """
+    if any(ord(c) < 32 or ord(c) == 127 for c in str(out)):
+        raise ConfigError(f"output folder {str(out)!r}: control characters are not allowed in its name")
+    found = Path(os.path.realpath(out))
+    if not found.name:
+        raise ConfigError(f"output folder {found}: the root of the file system cannot hold a result; name a folder")
+    return found
+
+
+def _make_parent(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is a file; --output-dir must name a folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        held = next(p for p in out.parents if p.exists())
+        raise OutputExistsError(f"{out}: {held} is a file, so no folder can lie in it") from None
 
 
 def _prepare(out: Path, key: str, verb: str) -> Output:
@@ -119,6 +149,7 @@ def _prepare(out: Path, key: str, verb: str) -> Output:
             shutil.rmtree(stale)
     resumed = work.is_dir()
     work.mkdir(exist_ok=True)
+    remove_temporaries(work)
     return Output(out, work, key, verb, resumed=resumed, complete=is_complete(work, key))
 
 
@@ -146,13 +177,16 @@ def _recover(out: Path) -> None:
 
 
 def _require_replaceable(out: Path, mode: Mode, inputs: Sequence[Path]) -> None:
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists():
         return
     for kept in (Path.cwd(), Path.home(), *(Path(os.path.realpath(i)) for i in inputs)):
         if kept == out or out in kept.parents:
             raise OutputExistsError(
-                f"{out} holds {kept}, which this command reads or stands in; choose another --output-dir"
+                f"{out} {'is' if kept == out else 'holds'} {kept}, which this command reads or stands in; "
+                "choose another --output-dir"
             )
+    if not any(out.iterdir()):
+        return
     manifest = load_manifest(out)
     if mode == "overwrite" or (mode == "resume" and manifest is not None):
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
-__all__ = ["redact"]
+__all__ = ["redact", "redact_tree"]
 
-_TOKEN_SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,})")
-_SECRET_NAME = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD)", re.IGNORECASE)
+_TOKEN_SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+_SECRET_NAME = re.compile(r"(TOKEN(?!S|IZER)|API_KEY|SECRET|PASSWORD)", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
@@ -17,3 +18,12 @@ def redact(text: str) -> str:
         if len(value) >= 8 and _SECRET_NAME.search(name) and value in text:
             text = text.replace(value, "[secret]")
     return _TOKEN_SHAPES.sub("[secret]", text)
+
+
+def redact_tree(value: Any) -> Any:
+    """`redact` every text of plain data, keys included; the rest is returned as it is."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact_tree(k): redact_tree(v) for k, v in value.items()}
+    return [redact_tree(v) for v in value] if isinstance(value, list | tuple) else value

@@ -69,7 +69,7 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
         found.paths[0], base=found.base, device=config.device, dtype=config.dtype, batch_size=config.batch_size,
         max_length=config.max_length, progress=work.log.track,
     )  # fmt: skip
-    work.log.say(f"evaluate: {found.value} on {len(rows)} rows")
+    work.log.say(f"evaluate: {found.label} on {len(rows)} rows")
     kinds = Counter(row.kind for row in rows)
     examples: list[Example] = []
     if kinds["chat"] or kinds["text"]:
@@ -183,12 +183,12 @@ def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence
     by_domain = {d: [(a, b) for a, b in pairs if a.domain == d] for d in domains}
     parts = {d: _difference(p, metric, work.config) for d, p in by_domain.items() if len(p) > 1}
     return {
-        "model": found.value,
+        "model": found.label,
         "metric": metric,
         "difference": overall.difference,
         "ci95": [overall.low, overall.high],
         "n": overall.n,
-        "sentence": _sentence(work.inputs["model"].value, found.value, metric, overall),
+        "sentence": _sentence(work.inputs["model"].label, found.label, metric, overall),
         "domains": {d: {"difference": c.difference, "ci95": [c.low, c.high], "n": c.n} for d, c in parts.items()},
     }
 

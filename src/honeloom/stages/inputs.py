@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from honeloom import lab
 from honeloom.config.base import InputField
@@ -24,11 +24,13 @@ __all__ = [
     "Resolver",
     "adapter_base",
     "artefact_fingerprint",
+    "recorded_inputs",
     "resolve_model",
     "resolve_rows",
 ]
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+_HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/\w([\w.-]{0,94}\w)?(@\w[\w./-]*)?", re.ASCII)
+INPUTS_SCHEMA = "honeloom.inputs/1"
 _MODEL_FILES = re.compile(
     r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
     r"|\.safetensors$|\.safetensors\.index\.json$|^merges\.txt$|^vocab\.txt$|\.model$|^chat_template\.(jinja|json)$"
@@ -75,6 +77,11 @@ class ResolvedInput:
     relative: str | None = None
     missing: bool = False
     base: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages: the stage's name within a run, else as the user wrote it."""
+        return Path(self.value).name.partition("-")[2] if self.relative else self.value
 
     @property
     def published(self) -> Path | None:
@@ -149,7 +156,9 @@ def resolve_model(value: str, place: str = "model", *, known: str | None = None,
     size = sum((path / n).stat().st_size for n in names)
     base = None
     if "adapter_config.json" in names and (name := adapter_base(path)):
-        base = resolve_model(name, fetch=fetch).paths[0]
+        base = _locate_model(name, fetch)[0]
+        if (base / "adapter_config.json").exists():
+            raise SourceError(f"{path}: its base {name!r} is an adapter too; merge that one into its base first")
     digest = known or _model_fingerprint(path, names)
     return ResolvedInput(place, "model", value, (path,), digest, size, revision=revision, base=base)
 
@@ -164,15 +173,15 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
         return lab.base_path(), None
     if any(ord(c) < 32 for c in value) or not value:
         raise SourceError(f"model {value!r}: control characters are not allowed in a model's name")
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if path.is_dir():
-        if not _model_files(path):
+        if not _model_files(path) or _only_pickles(path):
             raise SourceError(_not_a_model(path))
         return path.resolve(), None
     looks_like_path = (
         value.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".json"} or os.sep * 2 in value
     )
-    if path.exists() or looks_like_path or not _HUB_ID.match(value):
+    if path.exists() or looks_like_path or not _HUB_ID.fullmatch(value):
         raise SourceError(
             f"model {value!r}: no such folder; give a Hugging Face model folder, a hub id like org/name, or lab:base"
         )
@@ -180,14 +189,22 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
 
 
 def _not_a_model(path: Path) -> str:
-    held = sorted(p.name for p in path.iterdir())[:8]
-    pickles = [n for n in held if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    pickles = _pickles(path)
+    held = [*pickles, *sorted(p.name for p in path.iterdir() if p.name not in pickles)][:8]
     hint = (
         f"{pickles[0]} may hold code, so only safetensors are read; convert it with the tool that made it"
         if pickles
         else "a model folder has config.json and *.safetensors, an adapter folder adapter_config.json"
     )
-    return f"model {str(path)!r}: no model files (found {', '.join(held) or 'nothing'}); {hint}"
+    return f"model {str(path)!r}: no usable model files (found {', '.join(held) or 'nothing'}); {hint}"
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+
+
+def _only_pickles(folder: Path) -> bool:
+    return bool(_pickles(folder)) and not any(folder.glob("*.safetensors"))
 
 
 def _model_files(folder: Path) -> list[str]:
@@ -204,16 +221,27 @@ def _model_fingerprint(folder: Path, names: Sequence[str]) -> str:
 
 def adapter_base(folder: Path) -> str | None:
     """The base of an adapter: beside it in the same run if it was made there, else as recorded."""
-    beside = folder / "inputs.json"
-    if beside.exists():
-        for entry in json.loads(beside.read_text())["inputs"]:
-            if entry["place"] == "model" and entry.get("relative") and (folder / entry["relative"]).is_dir():
-                return str((folder / entry["relative"]).resolve())
+    for entry in recorded_inputs(folder):
+        if entry["place"] == "model" and entry["relative"] and (folder / entry["relative"]).is_dir():
+            return str((folder / entry["relative"]).resolve())
     try:
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        settings = json.loads((folder / "adapter_config.json").read_text())
     except ValueError as error:
         raise SourceError(f"{folder / 'adapter_config.json'}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise SourceError(f"{folder / 'adapter_config.json'}: holds a {type(settings).__name__}, not an object")
+    base = settings.get("base_model_name_or_path")
     return str(base) if base else None
+
+
+def recorded_inputs(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of a stage's `inputs.json`; none where there is no such file of ours."""
+    try:
+        document = json.loads((folder / "inputs.json").read_bytes())
+    except (OSError, ValueError):
+        return []
+    ours = isinstance(document, dict) and document.get("schema") == INPUTS_SCHEMA
+    return list(document.get("inputs", [])) if ours else []
 
 
 def _digest(path: Path) -> str:

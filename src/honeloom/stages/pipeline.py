@@ -16,10 +16,10 @@ from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import combine_digests, stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
-from honeloom.runs.output import Mode, Output, is_complete, open_output
-from honeloom.runs.redact import redact
+from honeloom.runs.output import Mode, Output, is_complete, locate, open_output
+from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
-from honeloom.stages.inputs import Placed, Resolver
+from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
 from honeloom.stages.runner import Job, describe_inputs, load_report, prepare, run_job
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
@@ -27,7 +27,9 @@ from honeloom.types.report import Artefact, Cost, Report
 __all__ = ["plan_recipe", "run_recipe"]
 
 
-def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", console: Console | None = None) -> Report:
+def run_recipe(
+    recipe: Recipe, out: Path, *, mode: Mode = "new", reads: Sequence[Path] = (), console: Console | None = None
+) -> Report:
     """Run every stage of a recipe.
 
     A stage whose key is already complete in `out` (or in the interrupted attempt beside it)
@@ -42,6 +44,8 @@ def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", console: Consol
         The run folder.
     mode : {"new", "resume", "overwrite"}
         What `out` may hold: nothing, an earlier honeloom result, or anything.
+    reads : sequence of Path
+        What the command reads beside the stages' inputs, such as the recipe's file; it is never replaced.
 
     Raises
     ------
@@ -51,12 +55,12 @@ def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", console: Consol
         A stage's result is not what it claims.
     """
     console = console or QuietConsole()
-    out = Path(os.path.realpath(out))
+    out = locate(out)
     steps = resolve_steps(recipe, out)
     resolver = Resolver(pending={str(s.folder): s.name for s in steps})
     jobs = [prepare(s.verb, s.config, resolver) for s in steps]
     key = stage_key("run", 1, {"stages": [s.name for s in steps]}, [j.key for j in jobs])
-    with terminate_cleanly(), open_output(out, key, "run", mode=mode, inputs=_read(jobs)) as output:
+    with terminate_cleanly(), open_output(out, key, "run", mode=mode, inputs=[*reads, *_read(jobs)]) as output:
         if output.reused:
             report = load_report(out, reused=True)
             for stage in report.details["stages"]:
@@ -69,7 +73,7 @@ def run_recipe(recipe: Recipe, out: Path, *, mode: Mode = "new", console: Consol
 
 def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
     """Say what `run_recipe` would do; loads no weights and writes nothing."""
-    out = Path(os.path.realpath(out))
+    out = locate(out)
     steps = resolve_steps(recipe, out)
     resolver = Resolver(fetch=False, pending={str(s.folder): s.name for s in steps})
     plans = []
@@ -100,8 +104,21 @@ def _run_in(
             report = run_job(job, folder, mode="resume", shown=step.folder, console=console)
         _place(resolver, step, folder, report)
         reports.append(report)
+        output.valuable = True
+    _sweep(output.work / "stages", {s.folder.name for s in steps})
     _write_run(recipe, steps, outside, reports, output, console)
     output.finish()
+
+
+def _sweep(folder: Path, stages: set[str]) -> None:
+    """Remove what a killed attempt left between the stages: locks, half-adopted and half-written folders."""
+    for path in folder.iterdir():
+        if path.name in stages:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _read(jobs: Sequence[Job]) -> list[Path]:
@@ -144,16 +161,11 @@ def _write_run(
     lock = {**recipe.model_dump(mode="json"), "stages": {s.name: {s.verb: _reference(s, steps)} for s in steps}}
     write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(lock)).encode())
     described = [describe_inputs(job) for job in jobs]
-    write_json(
-        folder / "inputs.json",
-        {
-            "schema": "honeloom.inputs/1",
-            "key": output.key,
-            "stages": {s.name: d["inputs"] for s, d in zip(steps, described, strict=True)},
-        },
-    )
+    inputs = {s.name: d["inputs"] for s, d in zip(steps, described, strict=True)}
+    links = {"schema": INPUTS_SCHEMA, "key": output.key, "stages": inputs}
+    write_json(folder / "inputs.json", redact_tree(links))
     write_json(folder / "environment.json", describe_environment())
-    report = _summarise(recipe, steps, reports, output.final)
+    report = Report.from_json(redact_tree(_summarise(recipe, steps, reports, output.final).to_json()))
     write_json(folder / "report.json", report.to_json())
     outside = [i for job in jobs for i in job.inputs.values() if i.paths]
     load_target("honeloom.reporting.card:write_card")(folder, report, outside)
@@ -202,5 +214,9 @@ def _summarise(recipe: Recipe, steps: Sequence[Step], reports: Sequence[Report],
             round(sum(r.cost.cpu_seconds for r in reports), 3),
             max(r.cost.peak_rss_bytes for r in reports),
         ),
-        details={"description": recipe.description, "stages": stages},
+        details={
+            "description": recipe.description,
+            "stages": stages,
+            "comparisons": [r.details["against"]["sentence"] for r in reports if r.details.get("against")],
+        },
     )

@@ -11,7 +11,10 @@ from typing import Any
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.errors import SourceError
 from honeloom.registry import load_target
+from honeloom.runs.atomic import remove_temporaries
+from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import load_manifest, refresh_manifest, verify_folder
+from honeloom.runs.output import locate
 from honeloom.stages.runner import load_report, peak_rss
 from honeloom.types.report import Check, Cost, Report
 
@@ -56,11 +59,14 @@ def _inspect(path: Path) -> str | None:
 
 def render_report(run: Path) -> Path:
     """Write `report.html` from `report.json` again, and take it into the manifest."""
+    run = locate(run)
     _require_result(run)
-    page: Path | None = load_target("honeloom.reporting.page:write_page")(run, load_report(run))
-    if page is None:
-        raise SourceError("report.html needs plotly: pip install 'honeloom[report]'")
-    refresh_manifest(run, [page.name])
+    with writer_lock(run):
+        remove_temporaries(run)
+        page: Path | None = load_target("honeloom.reporting.page:write_page")(run, load_report(run))
+        if page is None:
+            raise SourceError("report.html needs plotly: pip install 'honeloom[report]'")
+        refresh_manifest(run, [page.name])
     return page
 
 

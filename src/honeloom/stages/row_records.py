@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from honeloom.data.overlap import question_digest
+from honeloom.stages.inputs import recorded_inputs
 from honeloom.types.rows import Row
 
 __all__ = ["ROWS_FILE", "find_row", "training_digests", "write_table", "write_training_rows"]
@@ -73,10 +73,7 @@ def _ancestors(model: Path) -> Iterator[Path]:
             continue
         seen.add(folder)
         yield folder
-        record = folder / "inputs.json"
-        if not record.exists():
-            continue
-        for entry in json.loads(record.read_bytes()).get("inputs", []):
+        for entry in recorded_inputs(folder):
             if entry["kind"] == "model":
                 places = [folder / entry["relative"]] if entry["relative"] else [Path(p) for p in entry["paths"]]
                 stack += [p.resolve() for p in places if p.is_dir()]

@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from honeloom.runs.journal import Journal
 from honeloom.runs.keys import stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
 from honeloom.runs.output import Mode, Output, open_output
-from honeloom.runs.redact import redact
+from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
-from honeloom.stages.inputs import ResolvedInput, Resolver, artefact_fingerprint
+from honeloom.stages.inputs import INPUTS_SCHEMA, ResolvedInput, Resolver, artefact_fingerprint
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
@@ -111,6 +111,7 @@ def run_job(
     *,
     mode: Mode = "new",
     shown: Path | None = None,
+    reads: Sequence[Path] = (),
     console: Console | None = None,
 ) -> Report:
     """Do a job, or return its finished result.
@@ -125,6 +126,8 @@ def run_job(
         What may be replaced, as in `open_output`; overwrite also repeats finished work.
     shown : Path, optional
         The path that `out` will have once the run it belongs to is published.
+    reads : sequence of Path
+        What the command reads beside the job's inputs, such as its YAML file; it is never replaced.
     console : Console, optional
         Where messages go; silent by default.
 
@@ -137,8 +140,8 @@ def run_job(
     with terminate_cleanly():
         if out is None:
             return _execute(job, None, Log(console), shown=None, resumed=False)[0]
-        read = [p for i in job.inputs.values() for p in i.paths]
-        with open_output(out, job.key, job.verb.name, mode=mode, reuse=mode != "overwrite", inputs=read) as output:
+        kept = [*reads, *(p for i in job.inputs.values() for p in i.paths)]
+        with open_output(out, job.key, job.verb.name, mode=mode, reuse=mode != "overwrite", inputs=kept) as output:
             if output.reused:
                 console.say(f"{job.verb.name}: reused {output.final}")
                 return load_report(output.final, reused=True)
@@ -201,10 +204,11 @@ def load_report(folder: Path, *, reused: bool = False) -> Report:
 
 
 def write_side_files(folder: Path, job: Job, report: Report, relation: str | None) -> None:
-    """Write everything that stands beside the artefact, except the manifest."""
+    """Write everything that stands beside the artefact, except the manifest; secrets are blanked."""
+    report = Report.from_json(redact_tree(report.to_json()))
     lock = {"version": 1, "stages": {job.verb.name: {job.verb.name: job.config.model_dump(mode="json")}}}
     write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(lock)).encode())
-    write_json(folder / "inputs.json", describe_inputs(job))
+    write_json(folder / "inputs.json", redact_tree(describe_inputs(job)))
     write_json(folder / "environment.json", describe_environment())
     write_json(folder / "report.json", report.to_json())
     load_target("honeloom.reporting.card:write_card")(folder, report, list(job.inputs.values()), relation)
@@ -214,7 +218,7 @@ def write_side_files(folder: Path, job: Job, report: Report, relation: str | Non
 def describe_inputs(job: Job) -> dict[str, Any]:
     """Content of `inputs.json`: what was read, by content hash; the links of the lineage chain."""
     return {
-        "schema": "honeloom.inputs/1",
+        "schema": INPUTS_SCHEMA,
         "key": job.key,
         "inputs": [_describe_input(i) for i in job.inputs.values()],
     }

@@ -161,13 +161,13 @@ class Encoder:
         return self._cut(ids, scored, sum(chars), sum(chars))
 
     def _chat(self, turns: Sequence[Turn]) -> Encoded:
-        messages = [{"role": t.role, "content": t.content} for t in turns]
+        ids, scored = self._render(turns)
         total = sum(len(t.content) for t in turns if t.role == "assistant")
-        if self._marked:
-            ids, scored = self._render_marked(messages)
-        else:
-            ids, scored = self._render_spans(messages)
         return self._cut(ids, scored, total, total)
+
+    def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        messages = [{"role": t.role, "content": t.content} for t in turns]
+        return self._render_marked(messages) if self._marked else self._render_spans(messages)
 
     def _render_marked(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
         rendered = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -205,11 +205,11 @@ class Encoder:
         """Render a known conversation and require that the turn end is a label."""
         try:
             with _time_limit(PROBE_SECONDS):
-                probe = self._chat(PROBE)
+                ids, scored = self._render(PROBE)
         except UnrenderableRow as error:
             raise TemplateError(f"{error}; mend or remove the tokenizer's chat_template") from None
-        trained = str(self.tokenizer.decode([i for i, s in zip(probe.ids, probe.scored, strict=True) if s]))
-        content = PROBE[1].content
+        trained = str(self.tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]))
+        content = str(self.tokenizer.decode(self._ids(PROBE[1].content))).strip()
         if content not in trained:
             raise TemplateError(f"the chat template's mask covers {trained!r} and misses the answer {content!r}")
         if not trained.split(content)[-1].strip():
