@@ -1,5 +1,7 @@
 """Rendering and masks: what is trained, what is masked, and templates that must be refused."""
 
+import resource
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -13,7 +15,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_template_that_rewrites_history_rejects_the_row_only(tokenizer):
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{% for i in range(10**9) %}x{% endfor %}",
-        "{% set ns = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s|length }}",
+        "{% set n = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__ }}",
     ],
@@ -84,12 +89,13 @@ def test_template_that_rewrites_history_rejects_the_row_only(tokenizer):
 )
 def test_hostile_templates_are_stopped(tokenizer, attack):
     tokenizer.chat_template = attack
-    with pytest.raises((TemplateError, MemoryError)):
+    with pytest.raises(TemplateError):
         Encoder(tokenizer, 128)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB: the doubling was stopped early
 
 
 def test_template_that_loops_long_is_timed_out(tokenizer, monkeypatch):
-    monkeypatch.setattr("honeloom.backends.hf.chat.PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("honeloom.backends.hf.chat.RENDER_SECONDS", 0.5)
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateError, match="longer than"):
         Encoder(tokenizer, 128)

@@ -230,8 +230,8 @@ def test_bad_input_says_what_to_do(tmp_path, out, tuned):
         honeloom.drop("lab:base", tmp_path / "o", attention=9, calibration="lab:dev", samples=2)
     with pytest.raises(RowsError, match="budget"):
         honeloom.select("lab:dev", keep="1tok", model="lab:base", output_dir=tmp_path / "o")
+    done = honeloom.evaluate("lab:base", rows="lab:dev", limit=5, output_dir=tmp_path / "dev")
     with pytest.raises(InputError, match="shares 0 rows"):
-        done = honeloom.evaluate("lab:base", rows="lab:dev", limit=5, output_dir=tmp_path / "dev")
         honeloom.evaluate("lab:base", rows="lab:test", limit=5, against=done.out)
     bare = tmp_path / "bare"
     plain(lab.base_path()).save_pretrained(bare)

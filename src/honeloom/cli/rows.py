@@ -27,13 +27,14 @@ def preview(
 
     Example: honeloom rows preview rows.jsonl --model org/model
     """
+    console = terminal(json)
     result = load_target("honeloom.stages.rows:preview")(
         sources, model, count=count, limit=limit, max_length=max_length
     )
     if json:
         print_json(result)
         return
-    load_target("honeloom.cli.preview:print_preview")(result, terminal(False))
+    load_target("honeloom.cli.preview:print_preview")(result, console)
 
 
 @rows.command()

@@ -40,7 +40,7 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     method = family("selection").load(config.method.type)
     settings = config.method.model_dump(exclude={"type"})
     scores: Scores = method(SelectionData(rows, scorer, config.seed), **settings)
-    plan = _choose(config, rows, scores, scorer)
+    plan = _choose(work, rows, scores, scorer)
     _warn_unscored(work, scores, plan)
     selected = write_selected(rows, plan.keep, work.dir)
     write_rejected(rows.rejected, work.dir / "rejected.parquet")
@@ -79,8 +79,13 @@ def _opener(work: Work[SelectConfig]) -> Callable[[], Scorer]:
     return open_model
 
 
-def _choose(config: SelectConfig, rows: RowSet, scores: Scores, scorer: Callable[[], Scorer]) -> SelectPlan:
+def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Callable[[], Scorer]) -> SelectPlan:
+    config = work.config
     amount, unit = config.keep_amount()
+    if all(v == -math.inf for v in scores.value):
+        raise RowsError(f"{config.method.type}: none of the {len(rows)} rows could be scored by {config.model}")
+    if unit == "rows" and amount > len(rows):
+        work.log.warn(f"keep {config.keep}: only {len(rows)} rows are usable; all of them are kept")
     tokens = None
     if unit == "tokens":
         port = scorer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
@@ -52,7 +53,7 @@ def execute(work: Work[TuneConfig]) -> Outcome:
             "tokens": trained.tokens,
             "label_share": trained.label_share,
             "train_loss": sum(trained.losses) / len(trained.losses),
-            "losses": list(trained.losses),
+            "losses": _thinned(trained.losses),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "rows": len(encoded),
         },
@@ -117,6 +118,13 @@ def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded], trained:
         Check("the saved files give the trained model's logits (largest difference)", gap, 1e-4, gap <= 1e-4),
         Check("share of rows whose turn end is trained", ends, 0.0, ends > 0),
     )
+
+
+def _thinned(losses: Sequence[float]) -> list[tuple[int, float]]:
+    """(step, loss) of at most 1,000 steps, evenly spaced, the last one included."""
+    stride = max(1, -(-len(losses) // 1000))
+    steps = [*range(1, len(losses) + 1, stride)]
+    return [(s, losses[s - 1]) for s in steps[:-1]] + [(len(losses), losses[-1])]
 
 
 def _metrics(trained: Trained) -> tuple[Metric, ...]:

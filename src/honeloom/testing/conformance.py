@@ -62,7 +62,9 @@ def _best(values: Sequence[float], count: int) -> list[int]:
     return sorted(range(len(values)), key=lambda i: -values[i])[:count]
 
 
-def check_merge_method(method: Callable[..., torch.Tensor], *, needs_base: bool, models: int = 3, **settings: Any) -> None:
+def check_merge_method(
+    method: Callable[..., torch.Tensor], *, needs_base: bool, models: int = 3, **settings: Any
+) -> None:
     """Require what every merge rule on flat tensors promises.
 
     Shape and float64 result, finite, inputs unchanged, the same bits when called again, and

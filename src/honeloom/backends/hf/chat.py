@@ -12,11 +12,13 @@ never scored in evaluation.
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,7 +30,9 @@ from honeloom.types.rows import Row, Turn
 
 __all__ = ["Encoded", "Encoder", "UnrenderableRow"]
 
-PROBE_SECONDS = 5.0
+RENDER_SECONDS = 5.0
+RENDER_BYTES = 1 << 30
+STATM = Path("/proc/self/statm")
 PROBE = (Turn("user", "What is two plus two?"), Turn("assistant", "It is four."))
 
 
@@ -193,9 +197,12 @@ class Encoder:
 
     def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
         try:
-            result = self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
+            with _limits(RENDER_SECONDS, RENDER_BYTES):
+                result = self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
         except (JinjaError, TypeError, ValueError, OverflowError) as error:
             raise UnrenderableRow(f"the chat template fails: {error}") from None
+        except MemoryError:
+            raise TemplateError(f"the chat template wants more than {RENDER_BYTES:,} bytes of memory") from None
         size = sum(len(m["content"]) for m in messages)
         if isinstance(result, str) and len(result) > 20 * size + 100_000:
             raise TemplateError(f"the chat template printed {len(result):,} characters for {size:,} of text")
@@ -204,8 +211,7 @@ class Encoder:
     def _probe(self) -> None:
         """Render a known conversation and require that the turn end is a label."""
         try:
-            with _time_limit(PROBE_SECONDS):
-                ids, scored = self._render(PROBE)
+            ids, scored = self._render(PROBE)
         except UnrenderableRow as error:
             raise TemplateError(f"{error}; mend or remove the tokenizer's chat_template") from None
         trained = str(self.tokenizer.decode([i for i, s in zip(ids, scored, strict=True) if s]))
@@ -240,15 +246,23 @@ class Encoder:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TemplateError after `seconds`; only the main thread has the needed timer."""
+def _limits(seconds: float, extra_bytes: int) -> Iterator[None]:
+    """Bound the time and memory of one rendering: a template is a program that a stranger wrote.
+
+    Only the main thread has the needed timer, and only Linux tells its address space; elsewhere
+    the sandbox's own limits hold.
+    """
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise TemplateError(f"the chat template took longer than {seconds:.0f} s for one short conversation")
+        raise TemplateError(f"the chat template took longer than {seconds:g} s for one conversation")
 
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if STATM.exists():
+        mapped = int(STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (_least(soft, mapped + extra_bytes), hard))
     previous = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -256,3 +270,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _least(soft: int, wanted: int) -> int:
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)

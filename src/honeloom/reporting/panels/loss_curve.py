@@ -9,24 +9,22 @@ from honeloom.types.report import Report
 
 __all__ = ["loss_curve_panel"]
 
-POINTS = 1000
+WINDOW = 10
+TABLE_ROWS = 20
 
 
 def loss_curve_panel(folder: Path, report: Report) -> Panel | None:
-    """Loss of every optimizer step (thinned to 1,000 points) and its running mean of ten."""
-    losses = list(report.details["losses"])
-    if not losses:
-        return None
-    stride = max(1, len(losses) // POINTS)
-    steps = list(range(1, len(losses) + 1))[::stride]
-    smooth = [sum(losses[max(0, s - 10) : s]) / len(losses[max(0, s - 10) : s]) for s in steps]
-    raw = {"type": "scatter", "mode": "lines", "name": "step", "x": steps, "y": losses[::stride], "opacity": 0.4}
-    mean = {"type": "scatter", "mode": "lines", "name": "mean of 10", "x": steps, "y": smooth}
-    table = [(s, losses[s - 1], m) for s, m in zip(steps, smooth, strict=True)]
-    every = max(1, len(table) // 20)
+    """Loss of the recorded optimizer steps and its running mean of ten of them."""
+    points = report.details["losses"]
+    steps, losses = [s for s, _ in points], [x for _, x in points]
+    windows = [losses[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(losses))]
+    smooth = [sum(w) / len(w) for w in windows]
+    raw = {"type": "scatter", "mode": "lines", "name": "step", "x": steps, "y": losses, "opacity": 0.4}
+    mean = {"type": "scatter", "mode": "lines", "name": f"mean of {WINDOW}", "x": steps, "y": smooth}
+    every = max(1, len(steps) // TABLE_ROWS)
     return Panel(
         title="Training loss",
-        columns=("step", "loss (nats/token)", "mean of 10"),
-        rows=table[::every],
+        columns=("step", "loss (nats/token)", f"mean of {WINDOW}"),
+        rows=list(zip(steps, losses, smooth, strict=True))[::every],
         figure=figure([raw, mean], x="optimizer step", y="nats/token"),
     )

@@ -1,0 +1,90 @@
+"""Does tuning learn from the answers? The same steps on true and on shuffled answers, held-out loss per domain.
+
+Usage: python benchmarks/real/run.py [DATA] [--out DIR]
+
+DATA holds models/base6m and instruct/mixed_demo.jsonl.gz (default: ../shared/data beside the repository). Rows with
+an id hash in [0.625, 1) were never seen by base6m; those up to 0.92 are trained on, the rest measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from pathlib import Path
+
+import honeloom
+from honeloom.types.report import Report
+
+HERE = Path(__file__).resolve().parent
+TRAIN, TEST = (0.625, 0.92), (0.92, 1.0)
+STEPS = 60
+
+
+def shuffle_answers(source: Path, target: Path) -> None:
+    """Give every row the answer of another row of the file."""
+    with gzip.open(source, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    answers = [row["output"] for row in rows]
+    random.Random(0).shuffle(answers)
+    target.write_text("".join(json.dumps({**r, "output": a}) + "\n" for r, a in zip(rows, answers, strict=True)))
+
+
+def losses(report: Report) -> dict[str, float]:
+    """Loss by domain."""
+    return {m.domain or "all": m.value for m in report.metrics if m.name == "loss"}
+
+
+def main() -> None:
+    """Tune twice, measure three times, write RESULT.md."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", nargs="?", type=Path, default=HERE.parents[2] / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    arguments = parser.parse_args()
+    model, rows, out = (
+        arguments.data / "models" / "base6m",
+        arguments.data / "instruct" / "mixed_demo.jsonl.gz",
+        arguments.out,
+    )
+    out.mkdir(exist_ok=True, parents=True)
+    shuffled = out / "shuffled.jsonl"
+    shuffle_answers(rows, shuffled)
+    before = honeloom.evaluate(model, rows=rows, split=TEST, output_dir=out / "before", mode="resume")
+    after = {}
+    for name, source in (("true", rows), ("shuffled", shuffled)):
+        tuned = honeloom.tune(
+            model, source, split=TRAIN, max_steps=STEPS, lr=5e-3, output_dir=out / name, mode="resume"
+        )
+        where = out / f"after-{name}"
+        after[name] = honeloom.evaluate(
+            tuned.path, rows=rows, split=TEST, against=out / "before", output_dir=where, mode="resume"
+        )
+    write_result(before, after)
+
+
+def write_result(before: Report, after: dict[str, Report]) -> None:
+    """Write the table and what was compared."""
+    start, true, shuffled = losses(before), losses(after["true"]), losses(after["shuffled"])
+    better = sum(true[d] < shuffled[d] for d in start)
+    fallen = sum(true[d] < start[d] for d in start)
+    lines = [
+        "# Tuning learns from the answers",
+        "",
+        "Command: `python benchmarks/real/run.py`. base6m, LoRA rank 8, lr 5e-3, 60 steps of 8 rows of mixed_demo that",
+        "base6m never saw; held-out rows of the same file, loss in nats per answer token.",
+        "",
+        f"True answers: {after['true'].details['against']['sentence']}.",
+        f"Shuffled answers: {after['shuffled'].details['against']['sentence']}.",
+        f"With true answers {fallen} of {len(start)} lines fall; {better} of {len(start)} lie below shuffled answers.",
+        "",
+        "| domain | before | true answers | shuffled answers |",
+        "|---|---|---|---|",
+        *(f"| {d} | {start[d]:.3f} | {true[d]:.3f} | {shuffled[d]:.3f} |" for d in start),
+    ]
+    (HERE / "RESULT.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
