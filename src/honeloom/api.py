@@ -189,9 +189,7 @@ def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") ->
     )
 
 
-def _run_verb(
-    verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()
-) -> Report:
+def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()) -> Report:
     """Validate settings (None means the default), find the inputs, run."""
     mode: Mode = options.pop("mode", "new")
     console: Console | None = options.pop("console", None)

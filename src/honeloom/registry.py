@@ -127,6 +127,5 @@ def family(kind: str) -> Registry:
     if kind not in FAMILIES:
         raise UnknownNameError(f"unknown kind {kind!r}{suggest(kind, FAMILIES)} known: {', '.join(FAMILIES)}")
     registry = Registry(kind, importlib.import_module(FAMILIES[kind]).METHODS)
-    for row in load_target("honeloom.plugins:discover")(kind):
-        registry.add(row)
+    load_target("honeloom.plugins:add_plugins")(registry)
     return registry

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Return the folder of real rows, or skip; a missing folder fails where everything is required."""
-    folder = Path(os.environ.get("HONELOOM_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
-    if not folder.is_dir():
-        message = f"no real rows at {folder}; set HONELOOM_SHARED_DATA to their folder"
-        if os.environ.get("HONELOOM_REQUIRE_ALL") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return folder
 
 
 @pytest.fixture

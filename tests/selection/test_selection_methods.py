@@ -1,11 +1,17 @@
 """Selectors against hand-worked numbers, and the conformance suite over all of them."""
 
+import json
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from honeloom.registry import family
+import honeloom
+from honeloom.config.methods import MethodConfig
+from honeloom.errors import ConfigError
+from honeloom.registry import Method, Registry, family
+from honeloom.selection import METHODS
 from honeloom.selection.choose import rows_to_keep, take_best
 from honeloom.selection.ifd import ifd, ifd_ratio
 from honeloom.selection.length import length
@@ -103,3 +109,31 @@ def test_token_budget_takes_the_best_that_fit():
 def test_nan_scores_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         take_best(Scores((math.nan,), True, "broken"), ["a"], amount=1, unit="rows", seed=0)
+
+
+class ShoutConfig(MethodConfig):
+    """Settings of a plug-in used below."""
+
+    type: Literal["mine/shout"] = "mine/shout"
+    word: str = "three"
+
+
+def shout(data, *, word="three"):
+    values = tuple(float(word in row.response) + i / 1000 for i, row in enumerate(data.rows))
+    return Scores(values, True, "mine/shout")
+
+
+def test_a_plug_in_is_chosen_like_a_built_in(monkeypatch, tmp_path):
+    here = __name__
+    registry = Registry(
+        "selection", [*METHODS, Method("mine/shout", f"{here}:shout", f"{here}:ShoutConfig", "none", "test")]
+    )
+    for module in ("honeloom.config.methods", "honeloom.stages.select", "honeloom.stages.runner"):
+        monkeypatch.setattr(f"{module}.family", lambda kind: registry)
+    rows = tmp_path / "rows.jsonl"
+    answers = ["one", "three", "two", "three three"]
+    rows.write_text("".join(json.dumps({"instruction": f"q{i}", "output": a}) + "\n" for i, a in enumerate(answers)))
+    honeloom.select(rows, method={"type": "mine/shout", "word": "two"}, keep="1", output_dir=tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "selected.jsonl").read_text())["output"] == "two"
+    with pytest.raises(ConfigError, match="has no setting 'wrd'; did you mean 'word'"):
+        honeloom.select(rows, method={"type": "mine/shout", "wrd": "two"}, keep="1", output_dir=tmp_path / "p")

@@ -30,7 +30,9 @@ def drop(
         int | None, typer.Option("--samples", metavar="N", help="Calibration rows at most [256].")
     ] = None,
     batch_size: o.BatchSize = None,
-    max_length: o.MaxLength = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit, at most 2048].")
+    ] = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",

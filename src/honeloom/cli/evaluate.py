@@ -26,7 +26,9 @@ def evaluate(
     train_rows: Annotated[
         list[str] | None, typer.Option("--train-rows", metavar="ROWS", help="Training rows, for the overlap check.")
     ] = None,
-    limit: o.Limit = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows (N examples of each task).")
+    ] = None,
     split: o.Split = None,
     batch_size: o.BatchSize = None,
     max_length: o.MaxLength = None,

@@ -28,6 +28,7 @@ def init(
         if existing.exists():
             raise OutputExistsError(f"{existing} exists; name another file: honeloom init NAME.yaml")
     text = (Path(__file__).parent / "recipe_template.yaml").read_text()
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes = load_target("honeloom.runs.atomic:write_bytes")
     load_target("honeloom.runs.atomic:write_json")(schema_path, load_target("honeloom.config.recipe:recipe_schema")())
     write_bytes(path, text.replace("SCHEMA_FILE", schema_path.name).encode())

@@ -18,7 +18,9 @@ def merge(
     out: o.OutArgument = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Every random choice follows from it [0].")] = None,
     device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="[auto]")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Of the output.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Of the output [the donor's].")
+    ] = None,
     set_: o.Set = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,
@@ -36,7 +38,7 @@ def merge(
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
 
     def call(output_dir: Path | None, **options: Any) -> Any:
-        return honeloom.merge(options, output_dir=output_dir)  # type: ignore[arg-type]
+        return honeloom.merge(config, output_dir=output_dir, **options)  # type: ignore[arg-type]
 
     run_verb("merge", call, given, out=choose_out(out, output_dir), overwrite=overwrite, resume=resume,
              as_json=json, dry_run=dry_run)  # fmt: skip

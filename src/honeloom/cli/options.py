@@ -36,7 +36,8 @@ Split = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable row.")]
 MaxBad = Annotated[
-    float | None, typer.Option("--max-bad", metavar="SHARE", help="Stop if more rows are unusable [0.01].")
+    float | None,
+    typer.Option("--max-bad", metavar="SHARE", help="Stop if more than this share of rows is unusable [0.01]."),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]
 MaxLength = Annotated[int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit].")]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import honeloom
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target
+from honeloom.runs.redact import redact_tree
+from honeloom.verbs import VERBS
 
 if TYPE_CHECKING:
     from honeloom.types.plans import StagePlan
@@ -29,8 +31,8 @@ def terminal(as_json: bool) -> Any:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """Print one JSON document on stdout, secrets blanked."""
+    sys.stdout.write(json.dumps(redact_tree(document), indent=2, ensure_ascii=False) + "\n")
 
 
 def choose_out(argument: Path | None, option: Path | None) -> Path | None:
@@ -85,6 +87,8 @@ def run_verb(
         The output folder.
     """
     console = terminal(as_json)
+    if verb in VERBS:  # before a key such as "mode" meets a parameter of that name
+        load_target("honeloom.config.base:validate")(load_target(VERBS[verb].config), options, what=verb)
     if dry_run:
         plans = honeloom.plan(verb, output_dir=out, **options)
         print_plans(plans, console, as_json)
@@ -97,8 +101,8 @@ def run_verb(
         print_json(report.to_json())
         return
     console.show_report(report)
-    if report.out:
-        sys.stdout.write(f"{report.out}\n")
+    if out is not None:
+        sys.stdout.write(f"{os.path.realpath(out)}\n")  # not the report's: a reused folder may have been moved
 
 
 def _quiet_libraries() -> None:

@@ -11,17 +11,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from honeloom.runs.redact import redact
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Metric, Report
 
 __all__ = ["Terminal"]
+
+PIPED_WIDTH = 200
+"""Columns of tables where there is no terminal: wide enough that paths are not cut."""
 
 
 class Terminal:
     """Prints to stdout, or to stderr when stdout carries a JSON document."""
 
     def __init__(self, as_json: bool = False) -> None:
-        self.out = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        stream = sys.stderr if as_json else sys.stdout
+        width = None if stream.isatty() else PIPED_WIDTH
+        self.out = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -82,7 +88,10 @@ class Terminal:
             reads = ", ".join(f"{p}={v}" for p, v in plan.inputs.items())
             downloads = ", ".join(plan.downloads) or "-"
             table.add_row(
-                *(Text(c) for c in (plan.stage, plan.verb, plan.state, f"{reads} ({plan.bytes_in:,} bytes)", downloads))
+                *(
+                    Text(redact(c))
+                    for c in (plan.stage, plan.verb, plan.state, f"{reads} ({plan.bytes_in:,} bytes)", downloads)
+                )
             )
         self.out.print(table)
 

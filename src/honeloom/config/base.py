@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from honeloom.errors import ConfigError
 from honeloom.registry import suggest
@@ -55,7 +55,10 @@ def _as_tuple(value: Any) -> Any:
 ModelInput = Annotated[str, BeforeValidator(_as_text), InputMark("model")]
 """Hub id, id@revision, path or `lab:base`."""
 OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
-RowsInput = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows")]
+_ONE_OR_MORE = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
+RowsInput = Annotated[
+    tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows"), WithJsonSchema(_ONE_OR_MORE, mode="validation")
+]
 """Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -81,7 +84,13 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Split = Annotated[tuple[float, float], BeforeValidator(_as_range), AfterValidator(_check_range)]
+_RANGE = {
+    "anyOf": [
+        {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 2, "maxItems": 2},
+        {"type": "string", "pattern": "^[0-9.]+-[0-9.]+$"},
+    ]
+}
+Split = Annotated[tuple[float, float], BeforeValidator(_as_range), AfterValidator(_check_range), WithJsonSchema(_RANGE)]
 
 
 class RowsConfig(VerbConfig):
@@ -142,7 +151,11 @@ def validate(cls: type[ConfigT], data: Mapping[str, Any], *, what: str) -> Confi
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(cls, problem) for problem in error.errors(include_url=False)]
+        problems = error.errors(include_url=False)
+        # A list whose items are wrong counts as too short as well; only the items are worth telling.
+        wrong = [p["loc"] for p in problems if p["type"] != "too_short"]
+        told = [p for p in problems if p["type"] != "too_short" or all(w[: len(p["loc"])] != p["loc"] for w in wrong)]
+        lines = [_describe(cls, problem) for problem in told]
         raise ConfigError(f"{what}: " + "\n  ".join(lines)) from None
 
 
@@ -161,6 +174,8 @@ def _describe(cls: type[BaseModel], problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"missing key {place!r}"
+    if problem["type"] == "value_error":  # our own validators say all that is needed
+        return f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
     return f"{place}: {problem['msg']} (got {problem.get('input')!r:.80})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = ["apply_overrides", "dump_yaml", "load_yaml", "parse_scalar", "read_ya
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
+_LOST = re.compile("[\x85\u2028\u2029\ufeff]")  # line breaks and marks that YAML readers fold when not escaped
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -56,8 +58,8 @@ def _parse(text: str, what: str) -> Any:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{what}{where}: {problem}") from None
+        parts = [p for p in (getattr(error, "context", None), getattr(error, "problem", None)) if p]
+        raise ConfigError(f"{what}{where}: {', '.join(parts) or str(error).splitlines()[0]}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{what}: not readable as YAML: {error}") from None
 
@@ -134,7 +136,13 @@ def _copy(value: Any) -> Any:
 
 def dump_yaml(data: Any) -> str:
     """Write plain data as YAML, keys in the given order."""
+    text = _dump(data, readable=True)
+    return text if not _LOST.search(text) else _dump(data, readable=False)
+
+
+def _dump(data: Any, *, readable: bool) -> str:
     yaml = YAML(typ="safe", pure=True)
+    yaml.allow_unicode = readable
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 110

@@ -31,6 +31,11 @@ class Recipe(Config):
     vars: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict, description="Values for $name.")
     stages: dict[str, dict[str, Any]] = Field(min_length=1, description="Stage name -> {verb: settings}, in order.")
 
+    @field_validator("vars", mode="before")
+    @classmethod
+    def _none_left(cls, value: Any) -> Any:
+        return {} if value is None else value  # "vars:" with every line below it commented out
+
     @field_validator("stages")
     @classmethod
     def _one_verb_each(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -151,24 +156,33 @@ def recipe_schema() -> dict[str, Any]:
         schema = load_target(verb.config).model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(schema.pop("$defs", {}))
         schema.pop("title", None)
-        properties = {verb.name: _allow_references(schema)}
+        properties = {verb.name: _allow_short_forms(schema, definitions)}
         branches.append(
             {"type": "object", "required": [verb.name], "properties": properties, "additionalProperties": False}
         )
     base["properties"]["stages"]["additionalProperties"] = {"oneOf": branches}
     base["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     base["title"] = "honeloom recipe"
-    base["$defs"] = {name: _allow_references(d) for name, d in definitions.items()}
+    base["$defs"] = {name: _allow_short_forms(d, definitions) for name, d in definitions.items()}
     return base
 
 
-def _allow_references(schema: dict[str, Any]) -> dict[str, Any]:
-    """Let every property also be "$name"."""
+def _allow_short_forms(schema: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Let every property also be "$name", a method its name alone, and a list of models hold names alone."""
     reference = {"type": "string", "pattern": r"^\$"}
-    properties = schema.get("properties")
-    if properties:
-        schema["properties"] = {
-            name: p if name == "type" else {"anyOf": [p, reference], "description": p.get("description", "")}
-            for name, p in properties.items()
-        }
-    return schema
+    properties = {
+        name: {"anyOf": [p, reference, *_names_alone(p, definitions)], "description": p.get("description", "")}
+        for name, p in schema.get("properties", {}).items()
+        if name != "type"
+    }
+    return {**schema, "properties": {**schema.get("properties", {}), **properties}}
+
+
+def _names_alone(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    choices = schema.get("oneOf", [schema])
+    targets = [definitions.get(str(c.get("$ref", "")).removeprefix("#/$defs/"), {}) for c in choices]
+    names = [t["properties"]["type"]["const"] for t in targets if "type" in t.get("properties", {})]
+    if names:
+        return [{"enum": names}]
+    item = schema.get("items", {}) if schema.get("type") == "array" else {}
+    return [{"type": "array", "items": {"anyOf": [item, {"type": "string"}]}}] if "$ref" in item else []

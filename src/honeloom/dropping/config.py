@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from honeloom.config.base import Config, ModelInput, RowsConfig, RowsInput
+from honeloom.config.base import ModelInput, RowsConfig, RowsInput
+from honeloom.config.methods import FamilyMethod, MethodConfig
 
 __all__ = ["CosineConfig", "DropConfig", "DropMetric"]
 
 
-class CosineConfig(Config):
+class CosineConfig(MethodConfig):
     """1 - mean cosine of the residual stream before and after a sub-layer."""
 
     type: Literal["cosine"] = "cosine"
 
 
-DropMetric = Annotated[CosineConfig, Field()]
+DropMetric = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("dropping", "cosine")]
 
 
 class DropConfig(RowsConfig):
@@ -35,11 +36,6 @@ class DropConfig(RowsConfig):
     samples: int = Field(256, gt=0, description="At most this many calibration rows.")
     batch_size: int = Field(8, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
-
-    @field_validator("metric", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _drops_something(self) -> DropConfig:

@@ -13,6 +13,8 @@ from honeloom.ops.noise import uniform
 __all__ = ["Comparison", "Estimate", "macro_mean", "paired_bootstrap", "ratio_mean"]
 
 Array = NDArray[np.float64]
+BLOCK = 1 << 20
+"""Rows drawn at a time; the draws do not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,11 @@ def paired_bootstrap(
     n = len(weights_N)
     gap = one_N - other_N
     draws = np.empty(resamples)
-    for r in range(resamples):
-        picked = (uniform(seed, f"bootstrap/{r}", n).numpy() * n).astype(np.int64)
-        draws[r] = gap[picked].sum() / weights_N[picked].sum()
+    block = max(1, BLOCK // n)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        numbers = uniform(seed, "bootstrap", count * n, start=start * n).numpy().reshape(count, n)
+        picked = (numbers * n).astype(np.int64)
+        draws[start : start + count] = gap[picked].sum(axis=1) / weights_N[picked].sum(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Comparison(float(gap.sum() / weights_N.sum()), float(low), float(high), n)

@@ -7,18 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from honeloom.config.base import Config, ModelInput, OptionalModelInput, VerbConfig
+from honeloom.config.methods import MethodConfig, default_type
 
 __all__ = ["LinearConfig", "MergeConfig", "MergeMethod", "SlerpConfig", "Source", "TaskArithmeticConfig"]
 
 
-class LinearConfig(Config):
+class LinearConfig(MethodConfig):
     """Weighted average of the models."""
 
     type: Literal["linear"] = "linear"
     normalize: bool = Field(True, description="Divide the weights by their sum.")
 
 
-class TaskArithmeticConfig(Config):
+class TaskArithmeticConfig(MethodConfig):
     """The base plus a weighted sum of task vectors."""
 
     type: Literal["task_arithmetic"] = "task_arithmetic"
@@ -26,14 +27,16 @@ class TaskArithmeticConfig(Config):
     normalize: bool = Field(False, description="Divide the weights by their sum.")
 
 
-class SlerpConfig(Config):
+class SlerpConfig(MethodConfig):
     """Spherical interpolation of two models."""
 
     type: Literal["slerp"] = "slerp"
     t: float = Field(0.5, ge=0, le=1, description="0 gives the base (or first) model, 1 the other.")
 
 
-MergeMethod = Annotated[LinearConfig | TaskArithmeticConfig | SlerpConfig, Field(discriminator="type")]
+MergeMethod = Annotated[
+    LinearConfig | TaskArithmeticConfig | SlerpConfig, Field(discriminator="type"), default_type("linear")
+]
 
 
 class Source(Config):
@@ -58,11 +61,6 @@ class MergeConfig(VerbConfig):
     @classmethod
     def _from_mergekit(cls, data: Any) -> Any:
         return translate_mergekit(data) if isinstance(data, dict) and "merge_method" in data else data
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
     @field_validator("models", mode="before")
     @classmethod

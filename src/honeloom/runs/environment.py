@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ VARIABLES = (
 )  # fmt: skip
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, without importing it."""
     try:

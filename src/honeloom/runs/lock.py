@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from honeloom.errors import LockedError
+from honeloom.runs.atomic import commit_point
 
 if os.name == "nt":
     import msvcrt
@@ -41,6 +42,7 @@ def writer_lock(out: Path) -> Iterator[None]:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
+        commit_point(f"unlock {out.name}")
     finally:
         path.unlink(missing_ok=True)
         os.close(fd)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from honeloom.config.base import Config, OptionalModelInput, RowsConfig, RowsInput
+from honeloom.config.base import OptionalModelInput, RowsConfig, RowsInput
+from honeloom.config.methods import FamilyMethod, MethodConfig
 
 __all__ = [
     "IfdConfig",
@@ -20,27 +21,27 @@ __all__ = [
 ]
 
 
-class RandomConfig(Config):
+class RandomConfig(MethodConfig):
     """Uniform choice without replacement."""
 
     type: Literal["random"] = "random"
 
 
-class StratifiedConfig(Config):
+class StratifiedConfig(MethodConfig):
     """Random choice with the same share of every stratum."""
 
     type: Literal["stratified"] = "stratified"
     by: Literal["domain", "source"] = Field("domain", description="The label that defines the strata.")
 
 
-class LengthConfig(Config):
+class LengthConfig(MethodConfig):
     """The longest (or shortest) responses."""
 
     type: Literal["length"] = "length"
     order: Literal["longest", "shortest"] = "longest"
 
 
-class PerplexityConfig(Config):
+class PerplexityConfig(MethodConfig):
     """A band of the model's perplexity of the response."""
 
     type: Literal["perplexity"] = "perplexity"
@@ -49,15 +50,13 @@ class PerplexityConfig(Config):
     )
 
 
-class IfdConfig(Config):
+class IfdConfig(MethodConfig):
     """The highest instruction-following difficulty below 1."""
 
     type: Literal["ifd"] = "ifd"
 
 
-SelectMethod = Annotated[
-    RandomConfig | StratifiedConfig | LengthConfig | PerplexityConfig | IfdConfig, Field(discriminator="type")
-]
+SelectMethod = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("selection", "random")]
 NEEDS_MODEL = frozenset({"length", "perplexity", "ifd"})
 _KEEP = re.compile(r"^(\d+(?:\.\d+)?)(%|tok)?$")
 
@@ -72,11 +71,6 @@ class SelectConfig(RowsConfig):
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
     @field_validator("keep", mode="before")
     @classmethod

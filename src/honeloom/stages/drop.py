@@ -55,7 +55,7 @@ def execute(work: Work[DropConfig]) -> Outcome:
         copy_tokenizer(source, work.dir)
         details = _costs(checkpoint)
     checks = _verify(work, model, architecture, plan)
-    details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers", "vllm", "llama.cpp"]}
+    details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers"]}
     return Outcome("model", ".", _metrics(means), checks, details, relation="finetune")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from honeloom import lab
 from honeloom.config.base import InputField
 from honeloom.data.sources import RowFile, fingerprint, resolve_sources
-from honeloom.errors import NotCachedError, SourceError
+from honeloom.errors import CheckpointError, NotCachedError, SourceError
 from honeloom.registry import load_target
 from honeloom.runs.keys import combine_digests
 from honeloom.runs.manifest import sha256_file
@@ -175,7 +175,8 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
         raise SourceError(f"model {value!r}: control characters are not allowed in a model's name")
     path = Path(os.path.expanduser(value))
     if path.is_dir():
-        if not _model_files(path) or _only_pickles(path):
+        _refuse_pickles(path)
+        if not _model_files(path):
             raise SourceError(_not_a_model(path))
         return path.resolve(), None
     looks_like_path = (
@@ -189,22 +190,21 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
 
 
 def _not_a_model(path: Path) -> str:
-    pickles = _pickles(path)
-    held = [*pickles, *sorted(p.name for p in path.iterdir() if p.name not in pickles)][:8]
-    hint = (
-        f"{pickles[0]} may hold code, so only safetensors are read; convert it with the tool that made it"
-        if pickles
-        else "a model folder has config.json and *.safetensors, an adapter folder adapter_config.json"
+    held = sorted(p.name for p in path.iterdir())[:8]
+    return (
+        f"model {str(path)!r}: no model files (found {', '.join(held) or 'nothing'}); "
+        "a model folder has config.json and *.safetensors, an adapter folder adapter_config.json"
     )
-    return f"model {str(path)!r}: no usable model files (found {', '.join(held) or 'nothing'}); {hint}"
 
 
-def _pickles(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-
-
-def _only_pickles(folder: Path) -> bool:
-    return bool(_pickles(folder)) and not any(folder.glob("*.safetensors"))
+def _refuse_pickles(folder: Path) -> None:
+    """Say early, and to every verb, that weights which exist only as pickles are not read."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"model {str(folder)!r}: {pickles[0]} is pickled, and pickles may hold code: honeloom never reads them, "
+            "only safetensors; convert the weights with the tool that made them"
+        )
 
 
 def _model_files(folder: Path) -> list[str]:

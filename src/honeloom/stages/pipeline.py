@@ -11,7 +11,7 @@ from pathlib import Path
 from honeloom.config.load import dump_yaml
 from honeloom.config.recipe import Recipe, Step, resolve_steps
 from honeloom.registry import load_target
-from honeloom.runs.atomic import rename, write_bytes, write_json
+from honeloom.runs.atomic import commit_point, rename, write_bytes, write_json
 from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import combine_digests, stage_key
@@ -141,6 +141,7 @@ def _adopt(old: Path, folder: Path, key: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    commit_point(f"link {Path(target).name}")
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

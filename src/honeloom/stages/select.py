@@ -12,7 +12,7 @@ from honeloom.backends.hf.score import Scorer
 from honeloom.data.rowset import RowSet
 from honeloom.data.sources import resolve_sources
 from honeloom.data.writer import write_rejected, write_selected
-from honeloom.errors import RowsError
+from honeloom.errors import ConfigError, RowsError
 from honeloom.registry import family
 from honeloom.selection.choose import take_best
 from honeloom.selection.config import SelectConfig
@@ -67,6 +67,8 @@ def _opener(work: Work[SelectConfig]) -> Callable[[], Scorer]:
 
     def open_model() -> Scorer:
         if not held:
+            if "model" not in work.inputs:
+                raise ConfigError(f"method {work.config.method.type!r} needs a model (--model)")
             config, found = work.config, work.inputs["model"]
             held.append(
                 Scorer.open(

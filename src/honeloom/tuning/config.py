@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from honeloom.config.base import Config, ModelInput, RowsConfig, RowsInput
+from honeloom.config.methods import MethodConfig, default_type
 
 __all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
 
 
-class LoraMethodConfig(Config):
+class LoraMethodConfig(MethodConfig):
     """Low-rank adapters; the base stays as it is."""
 
     type: Literal["lora"] = "lora"
@@ -22,13 +23,13 @@ class LoraMethodConfig(Config):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
 
 
-class FullConfig(Config):
+class FullConfig(MethodConfig):
     """All weights are trained."""
 
     type: Literal["full"] = "full"
 
 
-TuneMethod = Annotated[LoraMethodConfig | FullConfig, Field(discriminator="type")]
+TuneMethod = Annotated[LoraMethodConfig | FullConfig, Field(discriminator="type"), default_type("lora")]
 
 
 class AdamWConfig(Config):
@@ -49,7 +50,7 @@ class SgdConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
 
 
-Optimizer = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type")]
+Optimizer = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type"), default_type("adamw")]
 
 
 class TuneConfig(RowsConfig):
@@ -70,11 +71,6 @@ class TuneConfig(RowsConfig):
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
     checkpoint_every: int = Field(200, gt=0, description="Optimizer steps between resumable checkpoints.")
     report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = ()
-
-    @field_validator("method", "optimizer", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> TuneConfig:

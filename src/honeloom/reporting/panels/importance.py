@@ -12,7 +12,7 @@ __all__ = ["importance_panel"]
 
 
 def importance_panel(folder: Path, report: Report) -> Panel | None:
-    """Importance of attention, MLP and block per layer with one standard error; dropped ones are hollow."""
+    """Importance of attention, MLP and block per layer with one standard error; dropped ones are crosses."""
     scores = json.loads((folder / "scores.json").read_bytes())
     plan = json.loads((folder / "drop_plan.json").read_bytes())
     rows = [
@@ -23,7 +23,7 @@ def importance_panel(folder: Path, report: Report) -> Panel | None:
     traces = []
     for i, kind in enumerate(("attention", "mlp", "block")):
         mine = [r for r in rows if r[0] == kind]
-        symbols = ["circle-open" if r[4] == "dropped" else "circle" for r in mine]
+        gone = [r[4] == "dropped" for r in mine]
         traces.append(
             {
                 "type": "scatter",
@@ -32,12 +32,16 @@ def importance_panel(folder: Path, report: Report) -> Panel | None:
                 "x": [r[1] for r in mine],
                 "y": [r[2] for r in mine],
                 "error_y": {"type": "data", "array": [r[3] or 0.0 for r in mine], "color": "#808080"},
-                "marker": {"color": COLOURS[i], "symbol": symbols, "size": 10},
+                "marker": {
+                    "color": COLOURS[i],
+                    "symbol": ["x" if g else "circle" for g in gone],
+                    "size": [15 if g else 7 for g in gone],
+                },
                 "line": {"width": 1},
             }
         )
     return Panel(
-        title=f"Importance ({plan['metric']}); hollow points were dropped",
+        title=f"Importance ({plan['metric']}); crosses were dropped",
         columns=("kind", "layer", "importance", "stderr", "decision"),
         rows=rows,
         figure=figure(

@@ -23,14 +23,18 @@ def _columns(folder: Path, names: list[str]) -> dict[str, list[Any]]:
 
 
 def scores_panel(folder: Path, report: Report) -> Panel | None:
-    """Histogram of scores, kept and left out; None where all are missing or equal."""
+    """Histogram of scores, kept and left out; None where all are missing or equal.
+
+    The outermost 5 % on each side are counted in the first and the last bar.
+    """
     data = _columns(folder, ["score", "selected"])
     known = [(s, k) for s, k in zip(data["score"], data["selected"], strict=True) if s is not None]
     if not known or min(known)[0] == max(known)[0]:
         return None
-    low, high = min(s for s, _ in known), max(s for s, _ in known)
-    width = (high - low) / BINS
-    counts = Counter((min(BINS - 1, int((s - low) / width)), k) for s, k in known)
+    ranked = sorted(s for s, _ in known)
+    low, high = ranked[len(ranked) // 20], ranked[-1 - len(ranked) // 20]
+    width = (high - low) / BINS or 1.0
+    counts = Counter((max(0, min(BINS - 1, int((s - low) / width))), k) for s, k in known)
     edges = [low + i * width for i in range(BINS)]
     traces = [
         {"type": "bar", "name": name, "x": edges, "y": [counts[i, kept] for i in range(BINS)]}
