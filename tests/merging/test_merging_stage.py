@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, edit_weights, make_model
+from merging_models import edit_json, edit_weights, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -311,7 +311,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from conftest import MergeRun
+from merging_models import MergeRun
 run = MergeRun(Path(sys.argv[2]))
 run(models=sys.argv[3:5], base_model=sys.argv[5], method="task_arithmetic", dtype="bf16")
 print(run.out)

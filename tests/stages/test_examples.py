@@ -57,3 +57,20 @@ def test_demo_improves_the_untaught_domains(tmp_path, capsys):
     assert sum(after[d] < before[d] for d in untaught) >= len(untaught) - 1
     assert after["all"] < before["all"]
     assert [s["verb"] for s in report.details["stages"]] == ["evaluate", "select", "tune", "merge", "drop", "evaluate"]
+
+
+def test_a_damaged_stage_is_done_again_not_reused(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "version: 1\nstages:\n  pick: {select: {rows: 'lab:dev', keep: 20}}\n"
+        "  again: {select: {rows: $pick, keep: 10}}\n"
+    )
+    out = tmp_path / "run"
+    honeloom.run(recipe, output_dir=out)
+    good = (out / "stages" / "1-pick" / "selected.jsonl").read_bytes()
+    (out / "stages" / "1-pick" / "selected.jsonl").write_bytes(good[:-2] + b"x\n")
+    recipe.write_text(recipe.read_text().replace("keep: 10", "keep: 5"))
+    report = honeloom.run(recipe, output_dir=out, mode="resume")
+    assert (out / "stages" / "1-pick" / "selected.jsonl").read_bytes() == good
+    assert report.details["stages"][1]["artefact"]["kind"] == "rows"
+    assert _run(["verify", str(out)]) == 0

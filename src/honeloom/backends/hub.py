@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -74,6 +75,10 @@ def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: st
                 raise LocalEntryNotFoundError("empty snapshot")
             return path
         return Path(snapshot_download(repository, etag_timeout=5, **arguments))
+    except HFValidationError as error:
+        raise SourceError(
+            f"{kind} {name!r}: neither a local folder nor a hub id (org/name[@revision]): {error}"
+        ) from None
     except GatedRepoError:
         raise SourceError(
             f"{kind} {name} is gated: accept its terms at https://huggingface.co/{repository} and set HF_TOKEN"

@@ -17,7 +17,9 @@ __all__ = [
     "Device",
     "Dtype",
     "InputField",
+    "InputKind",
     "ModelInput",
+    "OptionalFolderInput",
     "OptionalModelInput",
     "RowsConfig",
     "RowsInput",
@@ -35,11 +37,14 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+InputKind = Literal["model", "rows", "folder"]
+
+
 @dataclass(frozen=True, slots=True)
 class InputMark:
     """Marks a field whose value names something to read, so that keys depend on its content."""
 
-    kind: Literal["model", "rows"]
+    kind: InputKind
 
 
 def _as_text(value: Any) -> Any:
@@ -54,6 +59,8 @@ def _as_tuple(value: Any) -> Any:
 
 ModelInput = Annotated[str, BeforeValidator(_as_text), InputMark("model")]
 """Hub id, id@revision, path or `lab:base`."""
+OptionalFolderInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("folder")]
+"""A folder of small files whose content matters."""
 OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
 _ONE_OR_MORE = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 RowsInput = Annotated[
@@ -111,7 +118,7 @@ class InputField:
     """One input of a config: its place ("models.0.model"), kind, and value."""
 
     place: str
-    kind: Literal["model", "rows"]
+    kind: InputKind
     value: str
 
 

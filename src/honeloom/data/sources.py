@@ -6,6 +6,7 @@ import difflib
 import glob
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +30,7 @@ _FORMATS: dict[str, Format] = {
 _ALLOWED = f"{' '.join(_FORMATS)}, all but .parquet and .arrow also with .gz or .zst"
 # Descriptions that Hugging Face tools write beside the rows.
 _NOT_ROWS = frozenset({"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json"})
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-]|$)")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -123,7 +124,7 @@ def _resolve(arg: str, fetch_hub: Callable[[str], Path] | None) -> list[RowFile]
     _check_name(arg)
     if arg.startswith("lab:"):
         return [_lab(arg)]
-    path = Path(arg).expanduser()
+    path = Path(os.path.expanduser(arg))  # unlike Path's, it leaves an unknown ~user as it is
     try:
         if path.is_dir():
             return _folder(path, arg.rstrip("/") or "/")

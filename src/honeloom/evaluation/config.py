@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from honeloom.config.base import ModelInput, OptionalModelInput, RowsConfig, RowsInput
+from honeloom.config.base import ModelInput, OptionalFolderInput, OptionalModelInput, RowsConfig, RowsInput
 
 __all__ = ["EvaluateConfig"]
 
@@ -15,7 +15,7 @@ class EvaluateConfig(RowsConfig):
     model: ModelInput
     rows: RowsInput = Field((), description="Plain text, instruction or multiple-choice rows.")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks (extra `lm-eval`).")
-    task_path: str | None = Field(None, description="Folder with lm-eval task YAML files of your own.")
+    task_path: OptionalFolderInput = Field(None, description="Folder with lm-eval task YAML files of your own.")
     against: OptionalModelInput = Field(None, description="Another model, or the output of an earlier evaluate.")
     train_rows: RowsInput = Field((), description="Rows the model was tuned on, for the overlap check.")
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
 
 from honeloom.config.base import OptionalModelInput, RowsConfig, RowsInput
 from honeloom.config.methods import FamilyMethod, MethodConfig
@@ -58,6 +58,7 @@ class IfdConfig(MethodConfig):
 
 SelectMethod = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("selection", "random")]
 NEEDS_MODEL = frozenset({"length", "perplexity", "ifd"})
+Keep = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}]})]
 _KEEP = re.compile(r"^(\d+(?:\.\d+)?)(%|tok)?$")
 
 
@@ -67,7 +68,7 @@ class SelectConfig(RowsConfig):
     rows: RowsInput = Field(min_length=1, description="Rows to choose from.")
     method: SelectMethod = Field(default_factory=RandomConfig)
     model: OptionalModelInput = Field(None, description="Scores the rows; its tokenizer counts tokens.")
-    keep: str = Field("10%", description="A share of the usable rows (10%), a count (500) or tokens (200000tok).")
+    keep: Keep = Field("10%", description="A share of the usable rows (10%), a count (500) or tokens (200000tok).")
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")

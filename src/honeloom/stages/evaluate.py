@@ -232,7 +232,7 @@ def _lm_eval(work: Work[EvaluateConfig]) -> list[Metric]:
     scorer = Scorer.open(found.paths[0], base=found.base, device=config.device, dtype=config.dtype)
     run = load_target("honeloom.backends.lm_eval:run_tasks")
     results: list[Metric] = run(
-        scorer.model, scorer.encoder.tokenizer, config.tasks, task_path=config.task_path,
+        scorer.model, scorer.encoder.tokenizer, config.tasks, task_path=str(work.model("task_path")) if config.task_path else None,
         batch_size=config.batch_size, limit=config.limit, seed=config.seed,
     )  # fmt: skip
     return results

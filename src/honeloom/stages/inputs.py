@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from honeloom import lab
-from honeloom.config.base import InputField
+from honeloom.config.base import InputField, InputKind
 from honeloom.data.sources import RowFile, fingerprint, resolve_sources
 from honeloom.errors import CheckpointError, NotCachedError, SourceError
 from honeloom.registry import load_target
@@ -67,7 +67,7 @@ class ResolvedInput:
     """
 
     place: str
-    kind: Literal["model", "rows"]
+    kind: InputKind
     value: str
     paths: tuple[Path, ...]
     fingerprint: str
@@ -131,6 +131,8 @@ class Resolver:
         return replace(self._found[key], place=field.place)
 
     def _look(self, field: InputField, here: Placed | None) -> ResolvedInput:
+        if field.kind == "folder":
+            return resolve_folder(field.value, field.place)
         look = resolve_rows if field.kind == "rows" else resolve_model
         try:
             if here is None:
@@ -139,6 +141,16 @@ class Resolver:
         except NotCachedError:
             return ResolvedInput(field.place, field.kind, field.value, (), "", 0, missing=True)
         return replace(found, value=field.value, relative=here.relative)
+
+
+def resolve_folder(value: str, place: str) -> ResolvedInput:
+    """Resolve a folder of small files, fingerprinted by all of them."""
+    folder = Path(os.path.expanduser(value))
+    if not folder.is_dir():
+        raise SourceError(f"{place} {value!r}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    digest = combine_digests({p.relative_to(folder).as_posix(): sha256_file(p) for p in files})
+    return ResolvedInput(place, "folder", value, (folder.resolve(),), digest, sum(p.stat().st_size for p in files))
 
 
 def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:

@@ -25,6 +25,7 @@ from honeloom.merging.recompute import recomputation_error
 from honeloom.merging.sources import ModelSource
 from honeloom.merging.streaming import Merger
 from honeloom.runs.atomic import require_space, write_bytes
+from honeloom.runs.redact import redact
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check
 
@@ -116,7 +117,7 @@ def _write_small_files(work: Work[MergeConfig], donor: ModelSource) -> None:
         source["model"] = work.inputs[f"models.{i}.model"].value
     if "base_model" in work.inputs:
         resolved["base_model"] = work.inputs["base_model"].value
-    write_bytes(work.dir / "merge.yaml", dump_yaml(resolved).encode())
+    write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved)).encode())
 
 
 def _warn_of_loss(work: Work[MergeConfig], merger: Merger) -> None:

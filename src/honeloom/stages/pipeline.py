@@ -16,6 +16,7 @@ from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import combine_digests, stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
+from honeloom.runs.manifest import verify_folder
 from honeloom.runs.output import Mode, Output, is_complete, locate, open_output
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
@@ -96,12 +97,16 @@ def _run_in(
         job = prepare(step.verb, step.config, resolver)
         folder = output.work / "stages" / step.folder.name
         _adopt(output.final / "stages" / step.folder.name, folder, job.key)
-        if is_complete(folder, job.key):
+        mode: Mode = "resume"
+        if is_complete(folder, job.key) and (damage := verify_folder(folder)[1]):
+            console.warn(f"{step.name}: {damage[0].file} is damaged ({damage[0].problem}); the stage is done again")
+            mode = "overwrite"
+        if mode == "resume" and is_complete(folder, job.key):
             console.say(f"[{number}/{len(steps)}] {step.name}: reused")
             report = load_report(folder)
         else:
             console.say(f"[{number}/{len(steps)}] {step.name}: {step.verb}")
-            report = run_job(job, folder, mode="resume", shown=step.folder, console=console)
+            report = run_job(job, folder, mode=mode, shown=step.folder, console=console)
         _place(resolver, step, folder, report)
         reports.append(report)
         output.valuable = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def convert(
             else:
                 yield row
 
-    temporary = out.with_name(f".{out.name.split('.')[0]}.partial.{'.'.join(out.name.split('.')[1:])}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")  # the ending says how it is written
     try:
         written, unfit = convert_rows(usable(), to, temporary)  # type: ignore[arg-type]
         temporary.replace(out)

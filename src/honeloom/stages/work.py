@@ -39,7 +39,7 @@ class Work(Generic[ConfigT]):
     resumed: bool = False
 
     def model(self, place: str = "model") -> Path:
-        """Local folder of a model input."""
+        """Local folder of a model or folder input."""
         return self.inputs[place].paths[0]
 
     def rows(self, field_name: str = "rows") -> tuple[ResolvedInput, ...]:

@@ -88,7 +88,12 @@ def load_model(
 
 
 def _check_weights(path: Path) -> None:
-    for file in sorted(path.glob("*.safetensors")):
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{path}: no *.safetensors file, so there are no weights to load; the folder is incomplete"
+        )
+    for file in files:
         fault = inspect_weights(file)
         if fault:
             raise CheckpointError(f"{file}: {fault}")
