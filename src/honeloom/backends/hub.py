@@ -76,9 +76,7 @@ def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: st
             return path
         return Path(snapshot_download(repository, etag_timeout=5, **arguments))
     except HFValidationError as error:
-        raise SourceError(
-            f"{kind} {name!r}: neither a local folder nor a hub id (org/name[@revision]): {error}"
-        ) from None
+        raise SourceError(f"{kind} {name!r}: neither a folder nor a hub id (org/name[@revision]): {error}") from None
     except GatedRepoError:
         raise SourceError(
             f"{kind} {name} is gated: accept its terms at https://huggingface.co/{repository} and set HF_TOKEN"

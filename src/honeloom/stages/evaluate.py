@@ -231,8 +231,9 @@ def _lm_eval(work: Work[EvaluateConfig]) -> list[Metric]:
     found, config = work.inputs["model"], work.config
     scorer = Scorer.open(found.paths[0], base=found.base, device=config.device, dtype=config.dtype)
     run = load_target("honeloom.backends.lm_eval:run_tasks")
+    task_path = str(work.model("task_path")) if config.task_path else None
     results: list[Metric] = run(
-        scorer.model, scorer.encoder.tokenizer, config.tasks, task_path=str(work.model("task_path")) if config.task_path else None,
+        scorer.model, scorer.encoder.tokenizer, config.tasks, task_path=task_path,
         batch_size=config.batch_size, limit=config.limit, seed=config.seed,
     )  # fmt: skip
     return results

@@ -90,9 +90,7 @@ def load_model(
 def _check_weights(path: Path) -> None:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(
-            f"{path}: no *.safetensors file, so there are no weights to load; the folder is incomplete"
-        )
+        raise CheckpointError(f"{path}: no *.safetensors file, so no weights to load; the folder is incomplete")
     for file in files:
         fault = inspect_weights(file)
         if fault:
