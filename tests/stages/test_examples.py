@@ -8,7 +8,7 @@ import honeloom
 from honeloom.cli.main import _run
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ["pick.method.type=random", "tuned.max_steps=8", "shallow.samples=16"]
+FAST = ["tuned.max_steps=8", "shallow.samples=16"]
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def _dump(data: Any, *, readable: bool) -> str:
     yaml.allow_unicode = readable
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 110
+    yaml.width = 1 << 30  # never fold: a folded key is not read back
     buffer = io.StringIO()
     yaml.dump(_copy(data), buffer)
     return buffer.getvalue()
