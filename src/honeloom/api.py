@@ -1,4 +1,8 @@
-"""The verbs as Python functions: same names and settings as the commands."""
+"""The verbs as Python functions: same names and settings as the commands.
+
+Every writing verb also takes `overwrite` and `resume` (or `mode`, "new" by default), `set` (a
+list of "a.b=c") and `console`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from honeloom.config.base import validate
-from honeloom.config.load import load_yaml
-from honeloom.config.recipe import load_recipe
+from honeloom.config.base import VerbConfig, validate
+from honeloom.config.load import apply_overrides, load_yaml
+from honeloom.config.recipe import Recipe, load_recipe
 from honeloom.errors import ConfigError
+from honeloom.flags import place_flags
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.runs.output import Mode, is_complete, locate
@@ -35,8 +40,8 @@ def select(rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **optio
     output_dir : path
         Where `selected.*`, `scores.parquet` and the report go.
     **options
-        Settings of `honeloom.selection.config.SelectConfig` (method, model, keep, ...), and
-        `mode` ("new", "resume", "overwrite") and `console`.
+        Flags of `honeloom select` and settings of `honeloom.selection.config.SelectConfig`
+        (method, model, keep, ...), and `overwrite`, `resume`, `set` and `console`.
 
     Returns
     -------
@@ -63,7 +68,8 @@ def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: Pa
     output_dir : path
         Where the adapter (or model) goes.
     **options
-        Settings of `honeloom.tuning.config.TuneConfig`, and `mode` and `console`.
+        Flags of `honeloom tune` (rank, epochs, ...) and settings of
+        `honeloom.tuning.config.TuneConfig`, and `overwrite`, `resume`, `set` and `console`.
 
     Raises
     ------
@@ -85,16 +91,15 @@ def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: An
     output_dir : path
         Where the merged model goes.
     **options
-        Settings that replace those of `config`, and `mode` and `console`.
+        Settings that replace those of `config`, and `overwrite`, `resume`, `set` and `console`.
 
     Raises
     ------
     IncompatibleModelsError
         The models cannot be merged; the message names the field and both values.
     """
-    if isinstance(config, dict):
-        return _run_verb("merge", output_dir, {**config, **options})
-    return _run_verb("merge", output_dir, {**load_yaml(Path(config)), **options}, reads=[Path(config)])
+    reads = () if isinstance(config, dict) else (Path(config),)
+    return _run_verb("merge", output_dir, {"config": config, **options}, reads=reads)
 
 
 def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
@@ -108,7 +113,7 @@ def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
         Where the model, `drop_plan.json` and `scores.json` go.
     **options
         Settings of `honeloom.dropping.config.DropConfig` (attention, mlp, block,
-        calibration, ...), and `mode` and `console`.
+        calibration, ...), and `overwrite`, `resume`, `set` and `console`.
     """
     return _run_verb("drop", output_dir, {"model": str(model), **options})
 
@@ -124,7 +129,7 @@ def evaluate(model: PathLike, *, output_dir: PathLike | None = None, **options: 
         Keeps the report and `examples.parquet`.
     **options
         Settings of `honeloom.evaluation.config.EvaluateConfig` (rows, tasks, against, ...),
-        and `mode` and `console`.
+        and `overwrite`, `resume`, `set` and `console`.
     """
     return _run_verb("evaluate", output_dir, {"model": str(model), **options})
 
@@ -134,6 +139,9 @@ def run(
     *,
     output_dir: PathLike,
     set: Sequence[str] = (),
+    seed: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
     mode: Mode = "new",
     console: Console | None = None,
 ) -> Report:
@@ -147,11 +155,16 @@ def run(
         The run folder.
     set : sequence of str
         Overrides: "model=X" sets a variable, "pick.keep=5%" a stage's key.
+    seed : int, optional
+        Seed of the stages that name none; default: the recipe's.
+    overwrite, resume : bool
+        Whether `output_dir` may hold anything, or an earlier honeloom result.
     mode : {"new", "resume", "overwrite"}
-        What `output_dir` may hold. Stages that match are reused in every mode.
+        The same in one word. Stages that match are reused in every mode.
     """
     path = Path(recipe)
-    return run_recipe(load_recipe(path, set), Path(output_dir), mode=mode, reads=[path], console=console)
+    mode = _choose_mode(mode, overwrite, resume)
+    return run_recipe(_read_recipe(path, set, seed), Path(output_dir), mode=mode, reads=[path], console=console)
 
 
 def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> list[StagePlan]:
@@ -160,17 +173,18 @@ def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> l
     Parameters
     ----------
     verb : str
-        A verb of `honeloom.verbs`, or "run" with `recipe` (and `set`).
+        A verb of `honeloom.verbs`, or "run" with `recipe` (and `set` and `seed`).
     output_dir : path, optional
         Where the result would go; tells what would be reused.
     **settings
         As of the verb's function.
     """
     if verb == "run":
-        recipe = load_recipe(Path(settings["recipe"]), settings.get("set", ()))
+        recipe = _read_recipe(Path(settings["recipe"]), settings.get("set", ()), settings.get("seed"))
         return plan_recipe(recipe, Path(output_dir or "run"))
-    given = {k: v for k, v in settings.items() if v is not None}
-    job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver(fetch=False))
+    _take_mode(settings)
+    settings.pop("console", None)
+    job = prepare(verb, _read_settings(verb, settings), Resolver(fetch=False))
     done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
     return [job.plan(verb, "reuse" if done else "run")]
 
@@ -191,10 +205,33 @@ def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") ->
 
 def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()) -> Report:
     """Validate settings (None means the default), find the inputs, run."""
-    mode: Mode = options.pop("mode", "new")
+    mode = _take_mode(options)
     console: Console | None = options.pop("console", None)
     if output_dir is None and verb != "evaluate":
         raise ConfigError(f"{verb} writes its result: give an output folder (--output-dir OUT)")
-    given = {k: v for k, v in options.items() if v is not None}
-    job = prepare(verb, validate(load_target(VERBS[verb].config), given, what=verb), Resolver())
+    job = prepare(verb, _read_settings(verb, options), Resolver())
     return run_job(job, Path(output_dir) if output_dir else None, mode=mode, reads=reads, console=console)
+
+
+def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:
+    """Settings from flags, from merge's `config` below them, and from `set` above them."""
+    overrides = options.pop("set", ())
+    config = options.pop("config", None) if verb == "merge" else None
+    base = {} if config is None else dict(config) if isinstance(config, dict) else load_yaml(Path(config))
+    given = apply_overrides({**base, **place_flags(verb, options)}, overrides)
+    settings: VerbConfig = validate(load_target(VERBS[verb].config), given, what=verb)
+    return settings
+
+
+def _read_recipe(path: Path, overrides: Sequence[str], seed: int | None) -> Recipe:
+    return load_recipe(path, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
+
+
+def _take_mode(options: dict[str, Any]) -> Mode:
+    return _choose_mode(options.pop("mode", "new"), options.pop("overwrite", False), options.pop("resume", False))
+
+
+def _choose_mode(mode: Mode, overwrite: bool, resume: bool) -> Mode:
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other: redo everything, or go on from what is there")
+    return "overwrite" if overwrite else "resume" if resume else mode

@@ -146,3 +146,37 @@ def test_choices_score_only_the_choice(tokenizer):
     one, two = Encoder(tokenizer, 128).encode_choices(row)
     assert tokenizer.decode([i for i, s in zip(two.ids, two.scored, strict=True) if s]).strip() == "two three"
     assert (one.chars, two.chars) == (3, 9)
+
+
+def test_a_tokenizer_without_eos_cannot_teach_a_model_to_stop(tokenizer):
+    text = Row("t", "text", Where("f", 1), "s", text="Kevar lives in Belm.")
+    tokenizer.eos_token = None
+    with pytest.raises(TemplateError, match="no EOS token"):
+        Encoder(tokenizer, 128, train=True).encode(text)
+    assert Encoder(tokenizer, 128, train=True).encode(ROW).ends  # the chat template brings its own end
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match="never stop"):
+        Encoder(tokenizer, 128, train=True).encode(ROW)
+    scored = Encoder(tokenizer, 128).encode(ROW)  # to evaluate, no end is needed
+    assert scored.targets
+    assert not scored.ends
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("row", [ROW, MULTI], ids=["one", "several"])
+def test_ends_says_whether_the_last_turn_end_is_a_label(tokenizer, template, row):
+    if not template:
+        tokenizer.chat_template = None
+    whole = Encoder(tokenizer, 128, train=True).encode(row)
+    assert whole.ends
+    last = max(i for i, s in enumerate(whole.scored) if s)
+    assert Encoder(tokenizer, last + 1, train=True).encode(row).ends
+    assert not Encoder(tokenizer, last, train=True).encode(row).ends
+
+
+def test_text_ends_only_with_its_eos(tokenizer):
+    row = Row("t", "text", Where("f", 1), "s", text="Kevar lives in Belm.")
+    whole = Encoder(tokenizer, 128, train=True).encode(row)
+    assert whole.ends
+    assert not Encoder(tokenizer, 128).encode(row).ends
+    assert not Encoder(tokenizer, len(whole.ids) - 1, train=True).encode(row).ends

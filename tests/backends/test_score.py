@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from honeloom import lab
 from honeloom.backends.hf.load import load_model
 from honeloom.backends.hf.score import Scorer
-from honeloom.errors import NotFiniteError
+from honeloom.errors import HoneloomError, NotFiniteError
 from honeloom.testing.fakes import chat_row
 from honeloom.types.rows import Row, Turn, Where
 
@@ -64,3 +64,12 @@ def test_nan_weights_are_an_error_not_a_number():
     broken.model = model
     with pytest.raises(NotFiniteError, match="NaN"):
         list(broken.losses(ROWS[:1]))
+
+
+def test_out_of_memory_says_which_setting_to_lower(scorer):
+    def full(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full.device = torch.device("cpu")
+    with pytest.raises(HoneloomError, match=r"--batch-size \(now 4\) or --max-length"):
+        list(Scorer(full, scorer.encoder, 4).losses(ROWS))

@@ -3,9 +3,11 @@
 import json
 import math
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import honeloom
 from honeloom import lab
 from honeloom.backends.hf import tune as tuning
 from honeloom.backends.hf.chat import Encoder
@@ -17,7 +19,8 @@ from honeloom.backends.hf.local_steps import (
     restore_trainable,
     trainable_state,
 )
-from honeloom.errors import NotFiniteError
+from honeloom.checkpoint.reader import Checkpoint
+from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.runs.log import Log, QuietConsole
 from honeloom.testing.fakes import chat_row
 from honeloom.tuning.config import TuneConfig
@@ -123,10 +126,13 @@ def test_cut_off_checkpoint_is_named_and_skipped(tmp_path, encoded):
     tuning.train(lora(), encoded, config(), tmp_path, quiet())
     newest = max(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / tuning.COMPLETE).unlink()
-    chosen = tuning.newest_checkpoint(tmp_path, log)
+    signature = {"device": "cpu", "dtype": "torch.float32", "autocast": "None"}
+    chosen = tuning.newest_checkpoint(tmp_path, log, signature)
     assert chosen is not None
     assert chosen != newest
     assert any(newest.name in line and "skipped" in line for line in said)
+    assert tuning.newest_checkpoint(tmp_path, log, signature | {"device": "cuda"}) is None
+    assert any("another device or number type" in line for line in said)
 
 
 def test_nan_stops_and_leaves_a_diagnosis(tmp_path, encoded):
@@ -150,3 +156,38 @@ def test_row_order_covers_every_row_each_epoch():
 def test_adapter_starts_from_its_seed():
     assert same(trainable_state(lora(1)), trainable_state(lora(1)))
     assert not same(trainable_state(lora(1)), trainable_state(lora(2)))
+
+
+def test_no_epoch_is_too_short():
+    assert tuning.total_steps(10, config(max_steps=None, epochs=0.01)) == 1
+    assert tuning.rows_in_all(10, config(max_steps=None, epochs=0.01)) == 1
+
+
+def test_unknown_targets_name_the_key():
+    with pytest.raises(ConfigError, match=r"method.targets \['nope'\].*all-linear"):
+        tuning.add_lora(load_model(lab.base_path()), rank=2, alpha=None, dropout=0.0, targets=["nope"], rslora=False)
+
+
+def test_full_tuning_in_16_bits_keeps_fp32_weights(tmp_path, encoded):
+    """Three small steps move every weight in fp32; rounding each step to bf16 would lose nearly all of them."""
+    model = tuning.unfreeze(load_model(lab.base_path(), dtype="fp32"))
+    start = trainable_state(model)
+    tuning.train(model, encoded, config(method="full", lr=2e-5), tmp_path, quiet(), autocast=torch.bfloat16)
+    after = trainable_state(model)
+    moved = sum(int((after[n] != start[n]).sum()) for n in start) / sum(t.numel() for t in start.values())
+    assert all(t.dtype is torch.float32 for t in after.values())
+    assert moved > 0.9
+
+
+def test_only_rows_that_were_seen_are_recorded(tmp_path):
+    report = honeloom.tune("lab:base", "lab:dev", max_steps=2, batch_size=4, output_dir=tmp_path / "t")
+    assert pq.read_table(tmp_path / "t" / "training_rows.parquet").num_rows == 8
+    assert report.details["rows"] == 480
+    assert {c.claim for c in report.verification} >= {"share of the trained weights that changed"}
+
+
+def test_full_tuning_writes_the_number_type_asked_for(tmp_path):
+    report = honeloom.tune("lab:base", "lab:dev", method="full", dtype="bf16", max_steps=2, output_dir=tmp_path / "t")
+    with Checkpoint.open(tmp_path / "t") as written:
+        assert written.info("model.norm.weight").dtype == "BF16"
+    assert any("--dtype fp32 keeps them" in w for w in report.warnings)

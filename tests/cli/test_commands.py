@@ -120,6 +120,19 @@ def test_lineage_of_one_stage_alone(cli, finished):
     assert [s["stage"] for s in trace["stages"]] == ["select"]
 
 
+def test_lineage_of_a_row_through_separate_commands(cli, tmp_path, rows, tiny_model, other_model):
+    tuned, merged, dropped = tmp_path / "tuned", tmp_path / "merged", tmp_path / "dropped"
+    done = cli("tune", tiny_model, rows, "--method", "full", "--epochs", 1, "--output-dir", tuned)
+    assert done.code == 0, done.err
+    config = tmp_path / "merge.yaml"
+    config.write_text(f"models: [{tuned}, {other_model}]\n")
+    assert cli("merge", config, merged).code == 0
+    assert f"  row r1: through {tuned}" in cli("lineage", merged, "--row", "r1").out.splitlines()
+    assert "  row nobody: untouched" in cli("lineage", merged, "--row", "nobody").out.splitlines()
+    assert cli("drop", tiny_model, dropped, "--mlp", 1, "--calibration", rows).code == 0
+    assert "  row r1: calibrated on" in cli("lineage", dropped, "--row", "r1").out.splitlines()
+
+
 def test_methods(cli):
     document = json.loads(cli("methods", "--json").out)
     assert {kind: [m["name"] for m in rows] for kind, rows in document.items()} == {

@@ -101,6 +101,7 @@ def test_damaged_weights_are_named_before_they_are_loaded(cli, rows, model, dama
     }[damage]
     weights.write_bytes(changed)
     if damage == "missing shard":
+        weights.rename(model / "model-00001-of-00009.safetensors")
         index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00009-of-00009.safetensors"}}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
     done = cli("evaluate", model, "--rows", rows)

@@ -248,7 +248,7 @@ def test_every_reason_can_be_written(save, out):
 CONTENT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
 @pytest.mark.parametrize("to", ["messages", "sharegpt", "alpaca", "prompt-completion"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -308,7 +308,7 @@ def test_rows_that_a_format_cannot_hold_are_left_out_with_the_reason(save, out):
 def test_wrong_targets_are_named(out):
     with pytest.raises(ConfigError, match="unknown row format 'chatml'; allowed: messages, alpaca"):
         convert_rows([], "chatml", out / "x.jsonl")
-    with pytest.raises(ConfigError, match=r"must end in \.jsonl or \.parquet"):
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.jsonl\.gz or \.parquet"):
         convert_rows([], "alpaca", out / "x.csv")
 
 

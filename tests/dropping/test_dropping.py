@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from honeloom.dropping.cosine import cosine
-from honeloom.dropping.cost import cache_shape, kv_bytes_per_token
+from honeloom.dropping.cost import cache_shape, kv_bytes_per_token, matrix_parameters
 from honeloom.dropping.plan import choose_drops, lowest
 from honeloom.errors import ConfigError
 from honeloom.registry import family
@@ -66,3 +66,29 @@ def test_cache_bytes_of_llama_3_70b():
     )
     assert kv_bytes_per_token(shape, 80, 2) == 327_680
     assert kv_bytes_per_token(shape, 40, 2) == 163_840
+
+
+LLAMA = {"model.embed_tokens.weight": (10, 4), "model.layers.0.mlp.up_proj.weight": (6, 4), "model.norm.weight": (4,)}
+
+
+def test_an_embedding_counts_only_as_the_tied_head():
+    assert matrix_parameters(LLAMA, embedding="embed_tokens", tied=True) == 40 + 24
+    assert matrix_parameters(LLAMA | {"lm_head.weight": (10, 4)}, embedding="embed_tokens", tied=False) == 24 + 40
+
+
+def test_learned_positions_are_looked_up():
+    gpt2 = {"wte.weight": (10, 4), "wpe.weight": (8, 4), "h.0.attn.c_proj.weight": (4, 4), "h.0.attn.c_proj.bias": (4,)}
+    assert matrix_parameters(gpt2, embedding="wte", tied=True) == 40 + 16
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {f"model.layers.0.mlp.experts.{e}.down_proj.weight": (4, 6) for e in range(8)},
+        {"model.layers.0.mlp.experts.down_proj": (8, 4, 6)},
+    ],
+    ids=["separate", "fused"],
+)
+def test_a_token_uses_only_its_experts(experts):
+    shapes = experts | {"model.layers.0.mlp.gate.weight": (8, 4)}
+    assert matrix_parameters(shapes, embedding="embed_tokens", tied=False, experts=8, active=2) == 2 * 24 + 32

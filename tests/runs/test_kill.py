@@ -172,6 +172,15 @@ def test_a_replaced_run_killed_at_every_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, two_selections(rows, 2), before=two_selections(rows, 3)))
 
 
+def test_a_taken_over_run_killed_at_every_commit_point(tmp_path, rows):
+    """An interrupted run of another recipe lies beside OUT; its matching stage is used whenever the process dies."""
+    scene = Scene(tmp_path, two_selections(rows, 2), before=two_selections(rows, 3))
+    scene.before.unlink()
+    (scene.start / "out").rename(scene.start / ".out.partial-0123456789abcdef")
+    check_every_kill(scene)
+    assert scene.straight()[1].count("rename 1-pick") == 0
+
+
 def test_merge_and_evaluate_killed_at_every_seventh_commit_point(tmp_path, with_models):
     check_every_kill(Scene(tmp_path, with_models), every=7)
 

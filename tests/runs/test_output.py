@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from honeloom.errors import ConfigError, OutOfSpaceError, OutputExistsError
+from honeloom.runs.manifest import write_manifest
 from honeloom.runs.output import is_complete, open_output
 
 
@@ -209,3 +210,53 @@ def test_a_failure_keeps_what_an_earlier_attempt_or_a_finished_stage_left(tmp_pa
         fail(run, error, valuable=True)
     with open_output(run, "k1", "run") as output:
         assert output.resumed
+
+
+def test_an_attempt_with_other_settings_stays_until_overwrite_or_a_result(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fail(out, KeyboardInterrupt(), files=["checkpoint"])
+    old = tmp_path / ".out.partial-k1"
+    with open_output(out, "k2", "tune") as output:
+        assert output.kept == (old,)
+        assert os.listdir(old) == ["checkpoint"]
+    with open_output(out, "k3", "tune", mode="overwrite") as output:
+        assert output.kept == ()
+        assert not old.exists()
+        output.finish()
+    assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(KeyboardInterrupt):
+        fail(out, KeyboardInterrupt(), "k4", files=["checkpoint"], mode="resume")
+    publish(out, "k5", mode="resume")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_interrupted_run_is_taken_over_with_its_stages_only(tmp_path):
+    out = tmp_path / "out"
+    stale = tmp_path / ".out.partial-k1"
+    (stale / "stages" / "1-pick").mkdir(parents=True)
+    (stale / "report.html").write_text("of the other recipe")
+    write_manifest(stale, "k1", "run")
+    with pytest.raises(KeyboardInterrupt):
+        fail(out, KeyboardInterrupt(), "k2", files=["checkpoint"])
+    with open_output(out, "k3", "run") as output:
+        assert (output.resumed, output.complete) == (True, False)
+        assert os.listdir(output.work) == ["stages"]
+        assert os.listdir(output.work / "stages") == ["1-pick"]
+        assert output.kept == (tmp_path / ".out.partial-k2",)
+        output.finish()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("content", ["onE", "o"])
+def test_a_damaged_result_is_named_and_made_again_only_when_asked(tmp_path, content):
+    out = tmp_path / "out"
+    publish(out)
+    (out / "result").write_text(content)
+    with pytest.raises(OutputExistsError, match=r"result is damaged \(wrong (content|size)\); pass --resume or"):
+        publish(out)
+    output = publish(out, mode="resume")
+    assert (output.reused, output.damage.file) == (False, "result")
+    assert holds(out) == "one"
+    (out / "notes.txt").write_text("mine")
+    assert publish(out).reused

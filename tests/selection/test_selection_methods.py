@@ -13,6 +13,7 @@ from honeloom.errors import ConfigError
 from honeloom.registry import Method, Registry, family
 from honeloom.selection import METHODS
 from honeloom.selection.choose import rows_to_keep, take_best
+from honeloom.selection.config import SelectConfig
 from honeloom.selection.ifd import ifd, ifd_ratio
 from honeloom.selection.length import length
 from honeloom.selection.perplexity import perplexity
@@ -24,8 +25,8 @@ from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
 
 
-def data(rows, loss=lambda row, with_prompt: 1.0, seed=0):
-    return SelectionData(FakeRows(rows), lambda: FakeModel(loss), seed)
+def data(rows, loss=lambda row, with_prompt: 1.0, seed=0, cut=()):
+    return SelectionData(FakeRows(rows), lambda: FakeModel(loss, cut), seed)
 
 
 @pytest.mark.parametrize("name", family("selection").names())
@@ -86,6 +87,37 @@ def test_random_depends_on_seed_and_id_only():
 )
 def test_shares_round_half_up(share, usable, kept):
     assert rows_to_keep(share, "share", usable) == kept
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("2.9%", 15), ("0.7%", 4), ("2.8%", 14), ("100%", 500)])
+def test_shares_are_exact(keep, kept):
+    amount, unit = SelectConfig(rows="x.jsonl", keep=keep).keep_amount()
+    assert rows_to_keep(amount, unit, 500) == kept
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_unscored_rows_come_last_whichever_end_is_better(higher):
+    scores = Scores((-math.inf, 1.0, 2.0), higher, "x")
+    assert take_best(scores, ["a", "b", "c"], amount=2, unit="rows", seed=0).keep == (1, 2)
+
+
+def test_the_suite_refuses_a_selector_that_prefers_unscored_rows():
+    def by_loss(data, unknown):
+        found = {row.id: loss.loss_sum for row, loss in data.open_model().losses(data.rows)}
+        return Scores(tuple(found.get(i, unknown) for i in data.rows.ids), False, "by_loss")
+
+    check_selector(by_loss, unknown=-math.inf)
+    with pytest.raises(AssertionError, match=r"\+inf"):
+        check_selector(by_loss, unknown=math.inf)
+
+
+@pytest.mark.parametrize("method", [ifd, perplexity])
+def test_rows_cut_at_the_limit_are_not_scored(method):
+    rows = [chat_row("cut", "q", "a b"), chat_row("whole", "q", "a b")]
+    scores = method(data(rows, lambda r, w: 1.0 if w else 2.0, cut={"cut"}))
+    assert scores.value[0] == -math.inf
+    assert math.isfinite(scores.value[1])
+    assert scores.columns["truncated"] == [True, False]
 
 
 def test_counts_are_clamped_to_what_there_is():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import honeloom
 from honeloom import lab
-from honeloom.errors import ConfigError, InputError, RowsError, SourceError
-from honeloom.stages.rows import place_of
+from honeloom.errors import ConfigError, InputError, OutputExistsError, RowsError, SourceError, TemplateError
+from honeloom.stages import evaluate as evaluating
+from honeloom.stages.rows import convert, place_of, preview
 
 SIDE_FILES = {
     "report.json", "recipe.lock.yaml", "inputs.json", "environment.json", "events.jsonl", "README.md", "manifest.json",
@@ -255,3 +257,92 @@ def test_same_seed_same_bytes(tmp_path, out, picked):
         report = honeloom.tune("lab:base", out / "pick", max_steps=3, seed=5, output_dir=tmp_path / name)
         digests.append(report.artefact.sha256)
     assert digests[0] == digests[1]
+
+
+def test_preview_fails_where_no_row_keeps_its_turn_end():
+    shown = preview(["lab:dev"], "lab:base", count=3, limit=None, max_length=None)
+    assert shown["ends"] == shown["rows"] == 3
+    with pytest.raises(TemplateError, match="3 are cut at 6 tokens: raise --max-length"):
+        preview(["lab:dev"], "lab:base", count=3, limit=None, max_length=6)
+
+
+def test_convert_names_the_users_file_and_writes_gzip(tmp_path):
+    written, _ = convert(["lab:dev"], tmp_path / "o.jsonl.gz", to="messages", limit=5, overwrite=False)
+    assert written == 5
+    assert honeloom.select(tmp_path / "o.jsonl.gz", keep="100%", output_dir=tmp_path / "s").details["rows_in"] == 5
+    with pytest.raises(ConfigError, match=r"cannot write rows to o\.csv;"):
+        convert(["lab:dev"], tmp_path / "o.csv", to="messages", limit=5, overwrite=False)
+    with pytest.raises(OutputExistsError, match="is a folder"):
+        convert(["lab:dev"], tmp_path / "s", to="messages", limit=5, overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"o.jsonl.gz", "s"}
+
+
+def test_counts_that_no_method_made_are_null(out, picked):
+    table = pq.read_table(out / "pick" / "scores.parquet")
+    assert table["count"].null_count == table["stderr"].null_count == table.num_rows
+    assert str(table.schema.field("count").type) == "int64"
+
+
+def test_cut_rows_are_counted_and_not_ranked(tmp_path):
+    options = {"limit": 60, "max_length": 24}
+    picked = honeloom.select(
+        "lab:dev", method="ifd", model="lab:base", keep="10%", output_dir=tmp_path / "o", **options
+    )
+    table = pq.read_table(tmp_path / "o" / "scores.parquet").to_pylist()
+    cut = [row for row in table if row["truncated"]]
+    assert 0 < len(cut) < len(table)
+    assert all(row["score"] is None and not row["selected"] for row in cut)
+    assert any(f"{len(cut)} rows were cut at 24 tokens" in w for w in picked.warnings)
+    report = honeloom.evaluate("lab:base", rows="lab:dev", **options)
+    assert any(f"{len(cut)} of {report.details['rows']} rows were cut at 24 tokens" in w for w in report.warnings)
+
+
+def domains_of(report):
+    return [m.domain for m in report.metrics if m.name == "loss"]
+
+
+def test_domains_named_as_the_summaries_keep_their_numbers(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    names = ["all", "macro", "c"] * 2
+    records = ({"instruction": f"Say {i}.", "output": "It. " * (i + 1), "domain": d} for i, d in enumerate(names))
+    rows.write_text("".join(json.dumps(r) + "\n" for r in records))
+    report = honeloom.evaluate("lab:base", rows=rows)
+    assert domains_of(report) == ["all (domain)", "c", "macro (domain)", "all", "macro"]
+    assert report.metric("loss").n == 6
+
+
+def test_small_domains_are_put_together(monkeypatch):
+    whole = honeloom.evaluate("lab:base", rows="lab:dev", limit=60, against="lab:base")
+    monkeypatch.setattr(evaluating, "MAX_DOMAINS", 2)
+    folded = honeloom.evaluate("lab:base", rows="lab:dev", limit=60, against="lab:base")
+    assert len(domains_of(folded)) == 5
+    assert "other" in domains_of(folded)
+    assert folded.metric("loss", "macro") == whole.metric("loss", "macro")
+    assert sum(m.n for m in folded.metrics if m.name == "loss" and m.domain not in ("all", "macro")) == 60
+    assert len(folded.details["against"]["domains"]) <= 3 < len(whole.details["against"]["domains"])
+
+
+def test_rows_without_counterpart_are_told(tmp_path):
+    honeloom.evaluate("lab:base", rows="lab:dev", limit=20, output_dir=tmp_path / "few")
+    report = honeloom.evaluate("lab:base", rows="lab:dev", limit=30, against=tmp_path / "few")
+    assert report.details["against"]["n"] == 20
+    assert report.details["against"]["unmatched"] == 10
+    assert any("10 rows of the two evaluations have no counterpart" in w for w in report.warnings)
+
+
+def test_models_of_other_tokenizers_are_compared_per_character(tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(lab.base_path(), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {t: i for t, i in vocabulary.items() if len(t) < 3 or t.startswith("<|")}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    report = honeloom.evaluate("lab:base", rows="lab:dev", limit=40, against=other)
+    against = report.details["against"]
+    assert against["metric"] == "bits_per_char"
+    assert "bits/char" in against["sentence"]
+    mine, theirs = (
+        honeloom.evaluate(m, rows="lab:dev", limit=40).metric("bits_per_char").value for m in ("lab:base", other)
+    )
+    assert against["unmatched"] == 0
+    assert against["difference"] == pytest.approx(mine - theirs, abs=1e-9)

@@ -20,6 +20,12 @@ except ImportError as error:
 
 __all__ = ["run_tasks"]
 
+_UNITS = {
+    **dict.fromkeys(("acc", "acc_norm", "exact_match", "f1"), "share"),
+    **dict.fromkeys(("word_perplexity", "byte_perplexity", "perplexity"), "perplexity"),
+    "bits_per_byte": "bits/byte",
+}
+
 
 def run_tasks(
     model: Any,
@@ -33,19 +39,21 @@ def run_tasks(
 ) -> list[Metric]:
     """Evaluate tasks and return their metrics; `domain` is the task's name.
 
+    A group gives the metrics of its tasks, and its own where it defines any.
+
     Parameters
     ----------
     model, tokenizer
         Live objects; nothing is loaded again.
     tasks : sequence of str
-        Names known to lm-eval, or defined in `task_path`.
+        Names of tasks or groups known to lm-eval, or defined in `task_path`.
     task_path : str or None
         Folder of task YAML files; then only these are known, which starts faster.
 
     Raises
     ------
     ConfigError
-        A task is unknown.
+        A task is unknown, is a tag, or gave no result.
     """
     manager = TaskManager(include_path=task_path, include_defaults=task_path is None)
     known = set(manager.all_tasks)
@@ -53,6 +61,8 @@ def run_tasks(
         if task not in known:
             where = f"in {task_path}" if task_path else "to lm-eval"
             raise ConfigError(f"task {task!r} is not known {where}{suggest(task, known)}")
+        if task in manager.all_tags:
+            raise ConfigError(f"task {task!r} is a tag of several tasks and has no result of its own; name the tasks")
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
         tasks=list(tasks),
@@ -63,19 +73,36 @@ def run_tasks(
         numpy_random_seed=seed % 2**32,
         torch_random_seed=seed,
     )
-    return [m for task in tasks for m in _metrics(task, results)]
+    return _all_metrics(tasks, results)
+
+
+def _all_metrics(tasks: Sequence[str], results: dict[str, Any]) -> list[Metric]:
+    found = results["results"]
+    for task in tasks:
+        if task not in found and not any(t in found for t in results.get("group_subtasks", {}).get(task, ())):
+            raise ConfigError(
+                f"lm-eval gave no result for {task!r}, but for {', '.join(found) or 'nothing'}; name these"
+            )
+    return [m for task in found for m in _metrics(task, results)]
+
+
+def _samples(name: str, results: dict[str, Any]) -> int:
+    parts = results.get("group_subtasks", {}).get(name)
+    if parts:
+        return sum(_samples(part, results) for part in parts)
+    return int(results["n-samples"].get(name, {}).get("effective", 0))
 
 
 def _metrics(task: str, results: dict[str, Any]) -> list[Metric]:
     found = []
     values = results["results"][task]
     higher = results["higher_is_better"].get(task, {})
-    n = results["n-samples"].get(task, {}).get("effective", 0)
+    n = _samples(task, results)
     for key, value in values.items():
         name, _, filtered = key.partition(",")
         if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{name}_stderr,{filtered}")
         stderr = float(error) if isinstance(error, int | float) else None
-        found.append(Metric(name, float(value), n, "share", bool(higher.get(name, True)), stderr, task))
+        found.append(Metric(name, float(value), n, _UNITS.get(name, ""), bool(higher.get(name, True)), stderr, task))
     return found

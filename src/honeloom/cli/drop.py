@@ -30,9 +30,7 @@ def drop(
         int | None, typer.Option("--samples", metavar="N", help="Calibration rows at most [256].")
     ] = None,
     batch_size: o.BatchSize = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit, at most 2048].")
-    ] = None,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -49,9 +47,9 @@ def drop(
     """
     given = {
         "model": model, "attention": attention, "mlp": mlp, "block": block, "calibration": calibration,
-        "metric.type": metric, "profile": profile, "samples": samples, "limit": limit,
+        "metric": metric, "profile": profile, "samples": samples, "limit": limit,
         "split": split, "strict": strict, "max_bad": max_bad, "batch_size": batch_size,
         "max_length": max_length, "seed": seed, "device": device, "dtype": dtype,
     }  # fmt: skip
-    run_verb("drop", honeloom.drop, settings(given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
+    run_verb("drop", honeloom.drop, settings("drop", given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
              resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip

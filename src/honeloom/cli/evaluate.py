@@ -54,5 +54,5 @@ def evaluate(
         "batch_size": batch_size, "max_length": max_length, "seed": seed, "device": device, "dtype": dtype,
         "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
-    run_verb("evaluate", honeloom.evaluate, settings(given, set_), out=output_dir, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run)  # fmt: skip
+    run_verb("evaluate", honeloom.evaluate, settings("evaluate", given, set_), out=output_dir, overwrite=overwrite,
+             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip

@@ -33,7 +33,7 @@ def merge(
     Example: honeloom merge merge.yaml merged
     """
     data: dict[str, Any] = load_target("honeloom.config.load:load_yaml")(config)
-    given = {**data, **settings({"seed": seed, "device": device, "dtype": dtype}, None)}
+    given = {**data, **settings("merge", {"seed": seed, "device": device, "dtype": dtype}, None)}
     if set_:
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
 

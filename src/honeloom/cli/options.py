@@ -40,4 +40,6 @@ MaxBad = Annotated[
     typer.Option("--max-bad", metavar="SHARE", help="Stop if more than this share of rows is unusable [0.01]."),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit].")]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit, at most 2048].")
+]

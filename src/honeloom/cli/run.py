@@ -34,10 +34,9 @@ def run(
     folder = choose_out(out, output_dir)
     if folder is None and not dry_run:
         raise ConfigError("run writes its result: give an output folder (--output-dir OUT)")
-    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
 
     def call(output_dir: Path, **options: Any) -> Any:
         return honeloom.run(output_dir=output_dir, **options)
 
-    run_verb("run", call, {"recipe": recipe, "set": overrides}, out=folder, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run)  # fmt: skip
+    run_verb("run", call, {"recipe": recipe, "set": set_ or [], "seed": seed}, out=folder, overwrite=overwrite,
+             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip

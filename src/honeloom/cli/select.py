@@ -42,9 +42,9 @@ def select(
     Example: honeloom select rows.jsonl --method ifd --model org/model --keep 10% --output-dir picked
     """
     given = {
-        "rows": rows, "method.type": method, "model": model, "keep": keep, "near_duplicates": near_duplicates,
+        "rows": rows, "method": method, "model": model, "keep": keep, "near_duplicates": near_duplicates,
         "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "batch_size": batch_size,
         "max_length": max_length, "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
-    run_verb("select", honeloom.select, settings(given, set_), out=output_dir, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run)  # fmt: skip
+    run_verb("select", honeloom.select, settings("select", given, set_), out=output_dir, overwrite=overwrite,
+             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import honeloom
 from honeloom.errors import ConfigError
+from honeloom.flags import place_flags
 from honeloom.registry import load_target
 from honeloom.runs.redact import redact_tree
 from honeloom.verbs import VERBS
@@ -42,20 +43,9 @@ def choose_out(argument: Path | None, option: Path | None) -> Path | None:
     return argument or option
 
 
-def settings(given: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
-    """Flags that were given (not None), with --set applied on top.
-
-    A key with dots goes into the tree: {"method.rank": 8} is {"method": {"rank": 8}}.
-    """
-    result: dict[str, Any] = {}
-    for key, value in given.items():
-        if value is None or value == []:
-            continue
-        *parents, last = key.split(".")
-        node = result
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
+def settings(verb: str, given: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Settings from the flags that were given (not None, not an empty list), with --set applied on top."""
+    result = place_flags(verb, {k: v for k, v in given.items() if v != []})
     if not overrides:
         return result
     applied: dict[str, Any] = load_target("honeloom.config.load:apply_overrides")(result, overrides)
@@ -80,23 +70,20 @@ def run_verb(
     verb : str
         Its name, for the plan.
     call : callable
-        The verb's function, taking output_dir, mode, console and the options.
+        The verb's function, taking output_dir, overwrite, resume, console and the options.
     options : dict
         Its settings.
     out : Path or None
         The output folder.
     """
     console = terminal(as_json)
-    if verb in VERBS:  # before a key such as "mode" meets a parameter of that name
+    if verb in VERBS:  # before a key such as "resume" meets a parameter of that name
         load_target("honeloom.config.base:validate")(load_target(VERBS[verb].config), options, what=verb)
     if dry_run:
         plans = honeloom.plan(verb, output_dir=out, **options)
         print_plans(plans, console, as_json)
         return
-    if overwrite and resume:
-        raise ConfigError("--overwrite and --resume exclude each other: redo everything, or go on from what is there")
-    mode = "overwrite" if overwrite else "resume" if resume else "new"
-    report = call(output_dir=out, mode=mode, console=console, **options)
+    report = call(output_dir=out, overwrite=overwrite, resume=resume, console=console, **options)
     if as_json:
         print_json(report.to_json())
         return

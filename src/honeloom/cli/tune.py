@@ -41,10 +41,10 @@ def tune(
     Example: honeloom tune org/model rows.jsonl --rank 16 --epochs 3 --output-dir tuned
     """
     given = {
-        "model": model, "rows": rows, "method.type": method, "method.rank": rank, "optimizer.type": optimizer,
+        "model": model, "rows": rows, "method": method, "rank": rank, "optimizer": optimizer,
         "max_steps": max_steps, "epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length,
         "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "strict": strict,
         "max_bad": max_bad,
     }  # fmt: skip
-    run_verb("tune", honeloom.tune, settings(given, set_), out=output_dir, overwrite=overwrite, resume=resume,
+    run_verb("tune", honeloom.tune, settings("tune", given, set_), out=output_dir, overwrite=overwrite, resume=resume,
              as_json=json, dry_run=dry_run)  # fmt: skip

@@ -20,7 +20,7 @@ from honeloom.data.sources import RowFile
 from honeloom.errors import ConfigError
 from honeloom.types.rows import Rejected, Row
 
-__all__ = ["convert_rows", "write_rejected", "write_selected"]
+__all__ = ["convert_rows", "row_ending", "write_rejected", "write_selected"]
 
 
 def write_selected(rowset: RowSet, indices: Iterable[int], directory: Path, stem: str = "selected") -> Path:
@@ -54,9 +54,8 @@ def write_selected(rowset: RowSet, indices: Iterable[int], directory: Path, stem
         if ending == ".parquet":
             optional.load("tables").copy_rows(chosen.places(), rowset.files[0], target)
         elif ending == ".jsonl.gz":
-            # Neither name nor time goes into the header: equal rows give equal bytes.
-            with gzip.GzipFile("", "wb", 6, target, mtime=0) as packed:
-                _copy_lines(chosen, cast(BinaryIO, packed))
+            with _packed(target) as packed:
+                _copy_lines(chosen, packed)
         else:
             _copy_lines(chosen, target)
     return path
@@ -81,7 +80,7 @@ def convert_rows(rows: Iterable[Row], to: RowFormat, path: Path) -> tuple[int, l
     to : {"messages", "alpaca", "sharegpt", "prompt-completion"}
         The format. Earlier exchanges of a conversation become alpaca's `history`.
     path : Path
-        Ends in `.jsonl` or `.parquet`.
+        Ends in `.jsonl`, `.jsonl.gz` or `.parquet`.
 
     Returns
     -------
@@ -90,16 +89,26 @@ def convert_rows(rows: Iterable[Row], to: RowFormat, path: Path) -> tuple[int, l
     """
     if to not in CONVERTERS:
         raise ConfigError(f"unknown row format {to!r}; allowed: {', '.join(CONVERTERS)}")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ConfigError(f"cannot write rows to {path.name}; the name must end in .jsonl or .parquet")
+    ending = row_ending(path)
     left_out: list[Rejected] = []
     written = _Counted(_converted(rows, CONVERTERS[to], left_out))
     with _synced(path) as target:
-        if path.suffix == ".parquet":
+        if ending == ".parquet":
             optional.load("tables").write_values(written, COLUMNS[to], target)
+        elif ending == ".jsonl.gz":
+            with _packed(target) as packed:
+                packed.writelines(to_json(value).encode() + b"\n" for value in written)
         else:
             target.writelines(to_json(value).encode() + b"\n" for value in written)
     return written.count, left_out
+
+
+def row_ending(path: Path) -> str:
+    """Return which of the endings that rows can be written with a path has; ConfigError if it has none."""
+    for ending in (".jsonl.gz", ".jsonl", ".parquet"):
+        if path.name.endswith(ending):
+            return ending
+    raise ConfigError(f"cannot write rows to {path.name}; the name must end in .jsonl, .jsonl.gz or .parquet")
 
 
 class _Counted:
@@ -137,6 +146,11 @@ def _container(files: tuple[RowFile, ...]) -> str:
 def _copy_lines(rows: RowSet, target: BinaryIO) -> None:
     for file, wanted in rows.places():
         target.writelines(record.as_line() for record in raw_records(file, wanted))
+
+
+def _packed(target: BinaryIO) -> BinaryIO:
+    # Neither name nor time goes into the header: equal rows give equal bytes.
+    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, target, mtime=0))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class EvaluateConfig(RowsConfig):
     against: OptionalModelInput = Field(None, description="Another model, or the output of an earlier evaluate.")
     train_rows: RowsInput = Field((), description="Rows the model was tuned on, for the overlap check.")
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
-    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
     bootstrap: int = Field(2000, ge=100, description="Resamples of the paired comparison.")
 
     @model_validator(mode="after")

@@ -82,11 +82,6 @@ class MergeConfig(VerbConfig):
             raise ValueError("the weights sum to 0; set method.normalize to false or change them")
         return self
 
-    @property
-    def donor(self) -> str:
-        """The model whose config and tokenizer the result carries."""
-        return self.base_model or self.models[0].model
-
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

@@ -18,10 +18,14 @@ from typing import Any
 from honeloom.errors import SourceError
 from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_bytes
 
-__all__ = ["MANIFEST", "Problem", "load_manifest", "refresh_manifest", "sha256_file", "verify_folder", "write_manifest"]
+__all__ = [
+    "MANIFEST", "Problem", "find_damage", "load_manifest", "refresh_manifest", "sha256_file", "verify_folder",
+    "write_manifest",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SCHEMA = "honeloom.manifest/1"
+_UNLISTED = "not in the manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,13 @@ def verify_folder(folder: Path, *, inspect: Callable[[Path], str | None] | None 
     listed: dict[str, dict[str, Any]] = manifest["files"]
     problems = [p for name, entry in listed.items() if (p := _check(folder, name, entry, inspect))]
     present = set(_files(folder))
-    problems += [Problem(name, "not in the manifest", None, name) for name in sorted(present - set(listed))]
+    problems += [Problem(name, _UNLISTED, None, name) for name in sorted(present - set(listed))]
     return len(listed), problems
+
+
+def find_damage(folder: Path) -> Problem | None:
+    """The first file that is not as the folder's manifest says; files that were added do no harm."""
+    return next((p for p in verify_folder(folder)[1] if p.problem != _UNLISTED), None)
 
 
 def _check(

@@ -14,7 +14,7 @@ from typing import Literal
 from honeloom.errors import ConfigError, InputError, OutOfSpaceError, OutputExistsError
 from honeloom.runs.atomic import commit_point, fsync_dir, remove_temporaries, rename
 from honeloom.runs.lock import writer_lock
-from honeloom.runs.manifest import load_manifest, write_manifest
+from honeloom.runs.manifest import Problem, find_damage, load_manifest, write_manifest
 
 __all__ = ["Mode", "Output", "is_complete", "locate", "open_output"]
 
@@ -37,6 +37,10 @@ class Output:
         `work` holds files of an interrupted attempt with the same key.
     valuable : bool
         `work` holds something finished, so that a failure leaves it for the next attempt.
+    kept : tuple of Path
+        Interrupted attempts with other keys; they stay until a result is published here.
+    damage : Problem or None
+        What is wrong with the result with this key that `final` holds; it is made again.
     """
 
     final: Path
@@ -47,6 +51,8 @@ class Output:
     resumed: bool = False
     complete: bool = False
     valuable: bool = False
+    kept: tuple[Path, ...] = ()
+    damage: Problem | None = None
 
     def finish(self) -> None:
         """Write the manifest; the folder is renamed into place when the context ends."""
@@ -76,13 +82,15 @@ def open_output(
     out : Path
         The folder the user named; a symbolic link is followed.
     key : str
-        Stage key. The same key and complete gives `reused`; the same key interrupted gives
-        `resumed`; what happens with another key depends on `mode`.
+        Stage key. The same key and undamaged gives `reused`; the same key interrupted gives
+        `resumed`; what happens with another key depends on `mode`. An interrupted run is
+        taken over whatever its key was: each of its stages has a key of its own.
     verb : str
-        For the manifest.
+        For the manifest; "run" for a folder of stages.
     mode : {"new", "resume", "overwrite"}
         new: `out` must be absent or empty. resume: a honeloom result may be replaced.
-        overwrite: anything may be replaced. The old stays until the new is complete.
+        overwrite: anything may be replaced, and interrupted attempts with other keys are
+        removed at once. The old result stays until the new is complete.
     reuse : bool
         Whether a complete result with the same key is taken as it is.
     inputs : sequence of Path
@@ -91,7 +99,7 @@ def open_output(
     Raises
     ------
     OutputExistsError
-        `out` holds something that `mode` does not allow to replace.
+        `out` holds something that `mode` does not allow to replace, be it a damaged result.
     ConfigError
         `out` can be no folder of its own.
     LockedError
@@ -101,11 +109,20 @@ def open_output(
     _make_parent(out)
     with writer_lock(out):
         _recover(out)
-        if reuse and is_complete(out, key):
+        manifest = load_manifest(out) if reuse else None
+        found = manifest is not None and manifest["key"] == key
+        damage = find_damage(out) if found else None
+        if found and damage is None:
             yield Output(out, out, key, verb, reused=True)
             return
+        if damage is not None and mode == "new":
+            raise OutputExistsError(
+                f"{out} holds this result, but {damage.file} is damaged ({damage.problem}); "
+                "pass --resume or --overwrite to make it again"
+            )
         _require_replaceable(out, mode, inputs)
-        output = _prepare(out, key, verb)
+        output = _prepare(out, key, verb, mode)
+        output.damage = damage
         try:
             yield output
         except (InputError, OutOfSpaceError, OSError):
@@ -142,19 +159,41 @@ def _make_parent(out: Path) -> None:
         raise OutputExistsError(f"{out}: {held} is a file, so no folder can lie in it") from None
 
 
-def _prepare(out: Path, key: str, verb: str) -> Output:
+def _prepare(out: Path, key: str, verb: str, mode: Mode) -> Output:
     work = out.with_name(f".{out.name}.partial-{key}")
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        if stale != work:
+    others = _other_attempts(out, work)
+    if verb == "run" and not work.is_dir():
+        runs = [p for p in others if (p / "stages").is_dir()]
+        if runs:
+            _take_over(max(runs, key=lambda p: p.stat().st_mtime), work)
+    others = [p for p in others if p.is_dir()]
+    if mode == "overwrite":
+        for stale in others:
             shutil.rmtree(stale)
+        others = []
     resumed = work.is_dir()
     work.mkdir(exist_ok=True)
     remove_temporaries(work)
-    return Output(out, work, key, verb, resumed=resumed, complete=is_complete(work, key))
+    return Output(out, work, key, verb, resumed=resumed, complete=is_complete(work, key), kept=tuple(others))
+
+
+def _other_attempts(out: Path, work: Path) -> list[Path]:
+    return sorted(p for p in out.parent.glob(f".{glob.escape(out.name)}.partial-*") if p != work)
+
+
+def _take_over(stale: Path, work: Path) -> None:
+    """Make an interrupted run with another key the new work folder; only its stages are of use."""
+    for path in stale.iterdir():
+        if path.is_file():
+            path.unlink()
+    rename(stale, work)
 
 
 def _publish(output: Output) -> None:
     out = output.final
+    for stale in _other_attempts(out, output.work):
+        commit_point(f"remove {stale.name}")
+        shutil.rmtree(stale)
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         rename(out, old)

@@ -13,18 +13,19 @@ from honeloom.types.plans import Scores, SelectPlan
 __all__ = ["rows_to_keep", "take_best"]
 
 
-def rows_to_keep(amount: float, unit: Literal["share", "rows"], usable: int) -> int:
+def rows_to_keep(amount: Decimal | float, unit: Literal["share", "rows"], usable: int) -> int:
     """How many rows to keep: a share is rounded half up and at least 1; a count is at most `usable`."""
     if unit == "rows":
         return min(int(amount), usable)
-    exact = Decimal(repr(amount)) * usable
+    exact = Decimal(str(amount)) * usable
     return max(1, int(exact.quantize(Decimal(1), rounding=ROUND_HALF_UP)))
 
 
 def take_best(
-    scores: Scores, ids: Sequence[str], *, amount: float, unit: str, seed: int, tokens: Sequence[int] | None = None
-) -> SelectPlan:
-    """Keep the best rows.
+    scores: Scores, ids: Sequence[str], *, amount: Decimal | float, unit: str, seed: int,
+    tokens: Sequence[int] | None = None,
+) -> SelectPlan:  # fmt: skip
+    """Keep the best rows; those that could not be scored (-inf) come last, whichever end is the better one.
 
     Ties are broken by a draw from the seed and the row's id, so the choice does not depend on
     the order of the rows. With a token budget rows are taken in order of score while they fit.
@@ -44,14 +45,16 @@ def take_best(
     draws = keyed_uniform(seed, "select/ties", ids)
     if any(math.isnan(v) for v in scores.value):
         raise ValueError(f"{scores.method}: scores hold NaN; unknown rows must be -inf")
-    order = sorted(range(len(ids)), key=lambda i: (-sign * scores.value[i], draws[i], ids[i]))
+    order = sorted(
+        range(len(ids)), key=lambda i: (scores.value[i] == -math.inf, -sign * scores.value[i], draws[i], ids[i])
+    )
     if unit != "tokens":
         return SelectPlan(
             tuple(sorted(order[: rows_to_keep(amount, "share" if unit == "share" else "rows", len(ids))]))
         )
     if tokens is None:
         raise ValueError("a token budget needs the rows' token counts")
-    left, keep = amount, []
+    left, keep = Decimal(str(amount)), []
     for i in order:
         if tokens[i] <= left:
             keep.append(i)

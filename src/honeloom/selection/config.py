@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
@@ -71,7 +72,7 @@ class SelectConfig(RowsConfig):
     keep: Keep = Field("10%", description="A share of the usable rows (10%), a count (500) or tokens (200000tok).")
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
-    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -92,11 +93,11 @@ class SelectConfig(RowsConfig):
             raise ValueError(f"{what} needs a model (--model): its tokenizer defines a token")
         return self
 
-    def keep_amount(self) -> tuple[float, str]:
-        """Return (amount, unit) with unit in {"share", "rows", "tokens"}; shares lie in (0, 1]."""
+    def keep_amount(self) -> tuple[Decimal, str]:
+        """Return (amount, unit), the amount exact, with unit in {"share", "rows", "tokens"}; shares lie in (0, 1]."""
         match = _KEEP.match(self.keep)
         assert match is not None  # the validator has seen it
-        amount = float(match[1])
+        amount = Decimal(match[1])
         if match[2] == "%":
             return amount / 100, "share"
         return amount, "tokens" if match[2] == "tok" else "rows"

@@ -10,7 +10,7 @@ import torch
 
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import logits_gap, probe_ids
-from honeloom.backends.hf.load import load_model, load_tokenizer, max_positions
+from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.states import Kind, RunningMean, skip_sublayers, watch_sublayers
 from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
 from honeloom.checkpoint.dtypes import torch_dtype
@@ -18,12 +18,13 @@ from honeloom.checkpoint.folders import copy_config, copy_tokenizer
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.checkpoint.writer import TensorStream, write_checkpoint
 from honeloom.dropping.config import DropConfig
-from honeloom.dropping.cost import cache_shape, kv_bytes_per_token
+from honeloom.dropping.cost import cache_shape, kv_bytes_per_token, matrix_parameters
 from honeloom.dropping.plan import choose_drops
-from honeloom.errors import ConfigError, RowsError, SourceError
+from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.registry import family
 from honeloom.runs.atomic import require_space, write_json
+from honeloom.stages.row_records import CALIBRATION_FILE, write_table
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.plans import DropPlan
@@ -32,7 +33,6 @@ from honeloom.types.report import Check, Metric
 __all__ = ["execute"]
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
-CALIBRATION_TOKENS = 2048
 CHUNK = 1 << 22
 
 
@@ -53,34 +53,37 @@ def execute(work: Work[DropConfig]) -> Outcome:
         zeroed = _write_zero(checkpoint, architecture, plan, work.dir)
         copy_config(source, work.dir)
         copy_tokenizer(source, work.dir)
-        details = _costs(checkpoint)
+        details = _costs(checkpoint, model, architecture)
     checks = _verify(work, model, architecture, plan)
     details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers"]}
     return Outcome("model", ".", _metrics(means), checks, details, relation="finetune")
 
 
 def _calibration(work: Work[DropConfig], model: Any) -> list[Encoded]:
-    """Encode the calibration rows: a seeded sample of at most `samples`."""
-    config = work.config
-    rows = scan(work, field="calibration")
+    """Encode the calibration rows: a seeded sample of at most `samples`, longest first."""
     tokenizer = load_tokenizer(work.model())
     if tokenizer is None:
-        raise SourceError(
-            f"{work.inputs['model'].value}: no tokenizer, so calibration rows cannot be read; add tokenizer.json"
+        work.log.warn(
+            "the model has no tokenizer: layers are scored on seeded token ids, which say little of real text"
         )
-    limit = min(max_positions(model.config, tokenizer), config.max_length or CALIBRATION_TOKENS)
-    encoder = Encoder(tokenizer, limit)
+        ids = probe_ids(None, model.config, work.config.seed)
+        return [
+            Encoded(ids=tuple(row), scored=(False,) * len(row), chars=0, truncated=False, ends=False) for row in ids
+        ]
+    config, rows = work.config, scan(work, field="calibration")
     draws = keyed_uniform(config.seed, "drop/calibration", rows.ids)
     chosen = sorted(range(len(rows)), key=lambda i: (draws[i], rows.ids[i]))[: config.samples]
-    encoded = []
+    encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length))
+    used: dict[str, Encoded] = {}
     for row in rows.take(chosen):
         try:
-            encoded.append(encoder.encode_choices(row)[row.answer] if row.kind == "choice" else encoder.encode(row))
+            used[row.id] = encoder.encode_choices(row)[row.answer] if row.kind == "choice" else encoder.encode(row)
         except UnrenderableRow as error:
             work.log.event("skipped", row=row.id, reason=str(error))
-    if not encoded:
+    if not used:
         raise RowsError("no calibration row could be rendered; look at them with `honeloom rows preview`")
-    return sorted(encoded, key=lambda e: -len(e.ids))
+    write_table(work.dir / CALIBRATION_FILE, {"id": list(used)})
+    return sorted(used.values(), key=lambda e: -len(e.ids))
 
 
 def _score(
@@ -152,26 +155,36 @@ def _stream(checkpoint: Checkpoint, name: str, zero: bool) -> TensorStream:
     return TensorStream(name, torch_dtype(info.dtype), info.shape, chunks)
 
 
-def _costs(checkpoint: Checkpoint) -> dict[str, Any]:
+def _costs(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> dict[str, Any]:
     """Parameters, cache bytes and matrix FLOPs per token; the zero profile keeps them all."""
     infos = [checkpoint.info(name) for name in checkpoint.names()]
-    shape = cache_shape(checkpoint.config)
-    # An embedding is looked up, not multiplied; where it is tied it serves as the head and counts once.
-    matrices = sum(i.elements for i in infos if len(i.shape) == 2)
-    if not checkpoint.config.get("tie_word_embeddings"):
-        matrices -= max(i.elements for i in infos if i.shape and i.shape[0] == checkpoint.config.get("vocab_size"))
-    cache = kv_bytes_per_token(shape, shape.layers, torch_dtype(infos[0].dtype).itemsize)
-    same = {"params": sum(i.elements for i in infos), "kv_bytes_per_token": cache, "flops_per_token": 2 * matrices}
+    config = model.config.get_text_config()
+    cache = cache_shape(config.to_dict())
+    matrices = matrix_parameters(
+        {i.name: i.shape for i in infos},
+        embedding=architecture.embeddings.rsplit(".", 1)[-1],
+        tied=bool(model.config.tie_word_embeddings),
+        experts=getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1,
+        active=getattr(config, "num_experts_per_tok", None) or 1,
+    )
+    same = {
+        "params": sum(i.elements for i in infos),
+        "kv_bytes_per_token": kv_bytes_per_token(cache, cache.layers, torch_dtype(infos[0].dtype).itemsize),
+        "flops_per_token": round(2 * matrices),
+    }
     return {name: {"before": value, "after": value} for name, value in same.items()}
 
 
 def _verify(work: Work[DropConfig], model: Any, architecture: Architecture, plan: DropPlan) -> tuple[Check, ...]:
     """The written model, loaded plainly, against the source with the dropped sub-layers silenced."""
-    ids = probe_ids(load_tokenizer(work.model()), model.config, work.config.seed)
+    tokenizer = load_tokenizer(work.model())
+    ids = probe_ids(tokenizer, model.config, work.config.seed)
+    probe = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
     again = load_model(work.dir, device=work.config.device, dtype=work.config.dtype)
     with skip_sublayers(model, architecture, plan.dropped_attention(), plan.dropped_mlp()):
         gap = logits_gap(model, again, ids)
-    return (Check("plain transformers gives the dropped model's logits (largest difference)", gap, 1e-4, gap <= 1e-4),)
+    claim = f"plain transformers gives the dropped model's logits on {probe} (largest difference)"
+    return (Check(claim, gap, 1e-4, gap <= 1e-4),)
 
 
 def _metrics(means: dict[Kind, list[RunningMean]]) -> tuple[Metric, ...]:

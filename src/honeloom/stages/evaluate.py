@@ -21,13 +21,17 @@ from honeloom.evaluation.statistics import Comparison, Estimate, macro_mean, pai
 from honeloom.registry import load_target
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.row_records import training_digests, write_table
-from honeloom.stages.rows import scan
+from honeloom.stages.rows import limit_text, scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check, Metric
 
 __all__ = ["execute"]
 
 EXAMPLES = "examples.parquet"
+MAX_DOMAINS = 200
+"""Domains with numbers of their own; the smaller ones are put together."""
+REST = "other"
+SUMMARIES = ("all", "macro")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +76,33 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
     work.log.say(f"evaluate: {found.label} on {len(rows)} rows")
     kinds = Counter(row.kind for row in rows)
     examples: list[Example] = []
+    cut = 0
     if kinds["chat"] or kinds["text"]:
-        scored = scorer.losses(_only(rows, {"chat", "text"}, len(rows)))
-        examples += [Example(r.id, r.domain, x.loss_sum, x.tokens, x.chars) for r, x in scored]
+        for row, loss in scorer.losses(_only(rows, {"chat", "text"}, len(rows))):
+            examples.append(Example(row.id, _label(row.domain), loss.loss_sum, loss.tokens, loss.chars))
+            cut += loss.truncated
     if kinds["choice"]:
         for row, choice in scorer.choices(_only(rows, {"choice"}, len(rows))):
             right = row.answer
             examples.append(
                 Example(
-                    row.id, row.domain, choice.losses[right], choice.tokens[right], choice.chars[right],
+                    row.id, _label(row.domain), choice.losses[right], choice.tokens[right], choice.chars[right],
                     choice.best(per_char=False) == right, choice.best(per_char=True) == right,
                 )
             )  # fmt: skip
+    if cut:
+        work.log.warn(f"{cut} of {len(examples)} rows were cut at {limit_text(scorer, config.max_length)}")
     if scorer.unscored:
         row, reason = scorer.unscored[0]
         work.log.warn(f"{len(scorer.unscored)} rows could not be scored; first {row.where}: {reason}")
     if not examples:
         raise RowsError(f"none of the {len(rows)} rows could be scored by {found.value}")
     return examples
+
+
+def _label(domain: str | None) -> str | None:
+    """A row's domain, told apart from the summaries."""
+    return f"{domain} (domain)" if domain in SUMMARIES else domain
 
 
 class _only:
@@ -127,11 +140,20 @@ def _by_domain(examples: Sequence[Example], name: str, unit: str, higher: bool, 
     for e in examples:
         if e.domain is not None:
             groups.setdefault(e.domain, []).append(e)
-    parts = {domain: _estimate(group, terms) for domain, group in sorted(groups.items())}
-    everything = {**parts, "all": _estimate(examples, terms)}
-    if parts:
-        everything["macro"] = macro_mean(list(parts.values()))
+    shown = {domain: _estimate(group, terms) for domain, group in sorted(_folded(groups).items())}
+    everything = {**shown, "all": _estimate(examples, terms)}
+    if groups:
+        everything["macro"] = macro_mean([_estimate(group, terms) for _, group in sorted(groups.items())])
     return [Metric(name, e.value, e.n, unit, higher, e.stderr, domain) for domain, e in everything.items()]
+
+
+def _folded(groups: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The MAX_DOMAINS largest groups, and the others as one."""
+    if len(groups) <= MAX_DOMAINS:
+        return groups
+    order = sorted(groups, key=lambda domain: (-len(groups[domain]), domain))
+    kept = {domain: groups[domain] for domain in order[:MAX_DOMAINS] if domain != REST}
+    return {**kept, REST: [item for domain, group in groups.items() if domain not in kept for item in group]}
 
 
 def _estimate(examples: Iterable[Example], terms: Any) -> Estimate:
@@ -168,26 +190,34 @@ def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence
             raise InputError("--against a model needs --rows to compare on")
         others = _examples(work, found, rows)
     metric = "loss" if any(e.correct is None for e in examples) else "accuracy"
-    pairs = [(a, b) for a, b in _paired(examples, others) if (a.correct is None) == (metric == "loss")]
+    mine, theirs = ([e for e in side if (e.correct is None) == (metric == "loss")] for side in (examples, others))
+    pairs = _paired(mine, theirs)
+    if metric == "loss" and any(a.tokens != b.tokens for a, b in pairs):
+        metric = "bits_per_char"  # other tokenizers split other tokens; characters are the same where both read all
+        pairs = [(a, b) for a, b in pairs if a.chars == b.chars > 0]
     if len(pairs) < 2:
         raise InputError(
             f"--against {found.value}: it shares {len(pairs)} rows with this evaluation, at least 2 are needed"
         )
-    if any(a.tokens != b.tokens for a, b in pairs) and metric == "loss":
-        raise InputError(
-            f"--against {found.value}: its tokens differ, so losses per token cannot be compared; "
-            "compare models of one tokenizer"
+    unmatched = len(mine) + len(theirs) - 2 * len(pairs)
+    if unmatched:
+        work.log.warn(
+            f"--against {found.value}: {unmatched} rows of the two evaluations have no counterpart; "
+            f"the comparison is over the {len(pairs)} rows that both scored alike"
         )
     overall = _difference(pairs, metric, work.config)
-    domains = sorted({a.domain for a, _ in pairs if a.domain is not None})
-    by_domain = {d: [(a, b) for a, b in pairs if a.domain == d] for d in domains}
-    parts = {d: _difference(p, metric, work.config) for d, p in by_domain.items() if len(p) > 1}
+    by_domain: dict[str, list[tuple[Example, Example]]] = {}
+    for a, b in pairs:
+        if a.domain is not None:
+            by_domain.setdefault(a.domain, []).append((a, b))
+    parts = {d: _difference(p, metric, work.config) for d, p in sorted(_folded(by_domain).items()) if len(p) > 1}
     return {
         "model": found.label,
         "metric": metric,
         "difference": overall.difference,
         "ci95": [overall.low, overall.high],
         "n": overall.n,
+        "unmatched": unmatched,
         "sentence": _sentence(work.inputs["model"].label, found.label, metric, overall),
         "domains": {d: {"difference": c.difference, "ci95": [c.low, c.high], "n": c.n} for d, c in parts.items()},
     }
@@ -196,6 +226,8 @@ def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence
 def _difference(pairs: Sequence[tuple[Example, Example]], metric: str, config: EvaluateConfig) -> Comparison:
     if metric == "loss":
         terms = [(a.loss_sum, b.loss_sum, float(a.tokens)) for a, b in pairs]
+    elif metric == "bits_per_char":
+        terms = [(a.loss_sum / math.log(2), b.loss_sum / math.log(2), float(a.chars)) for a, b in pairs]
     else:
         terms = [(float(a.correct or 0), float(b.correct or 0), 1.0) for a, b in pairs]
     one, other, weights = np.array(terms).T
@@ -203,11 +235,11 @@ def _difference(pairs: Sequence[tuple[Example, Example]], metric: str, config: E
 
 
 def _sentence(one: str, other: str, metric: str, c: Comparison) -> str:
-    unit = "nats/token" if metric == "loss" else "accuracy"
+    unit = {"loss": "nats/token", "bits_per_char": "bits/char"}.get(metric, metric)
     if c.low <= 0 <= c.high:
         interval = f"95% interval [{c.low:.4f}, {c.high:.4f}], {c.n} rows"
         return f"no clear difference between {one} and {other}: {c.difference:+.4f} {unit}, {interval}"
-    better = (c.difference < 0) == (metric == "loss")
+    better = (c.difference < 0) == (metric != "accuracy")
     winner, loser = (one, other) if better else (other, one)
     low, high = sorted((abs(c.low), abs(c.high)))
     interval = f"95% interval [{low:.4f}, {high:.4f}], {c.n} rows"

@@ -16,7 +16,7 @@ from honeloom.data.sources import RowFile, fingerprint, resolve_sources
 from honeloom.errors import CheckpointError, NotCachedError, SourceError
 from honeloom.registry import load_target
 from honeloom.runs.keys import combine_digests
-from honeloom.runs.manifest import sha256_file
+from honeloom.runs.manifest import load_manifest, sha256_file
 
 __all__ = [
     "Placed",
@@ -31,6 +31,7 @@ __all__ = [
 
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/\w([\w.-]{0,94}\w)?(@\w[\w./-]*)?", re.ASCII)
 INPUTS_SCHEMA = "honeloom.inputs/1"
+"""`schema` of every `inputs.json`; `stages.runner.describe_inputs` says what stands in it."""
 _MODEL_FILES = re.compile(
     r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$"
     r"|\.safetensors$|\.safetensors\.index\.json$|^merges\.txt$|^vocab\.txt$|\.model$|^chat_template\.(jinja|json)$"
@@ -158,6 +159,9 @@ def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, f
     files = resolve_sources([value], fetch_hub=lambda name: _hub("fetch_dataset", name, fetch)[0])
     paths = tuple(f.path for f in files if f.format != "lab")
     size = sum(p.stat().st_size for p in paths)
+    for path in paths if known is None else ():
+        if load_manifest(path.parent) and (damaged := _differs(path.parent, {path.name: sha256_file(path)})):
+            raise SourceError(damaged)
     return ResolvedInput(place, "rows", value, paths, known or fingerprint(files), size, files)
 
 
@@ -225,14 +229,32 @@ def _model_files(folder: Path) -> list[str]:
 
 def _model_fingerprint(folder: Path, names: Sequence[str]) -> str:
     digests = {name: _digest(folder / name) for name in names}
+    if damaged := _differs(folder, digests):
+        raise CheckpointError(damaged)
     base = adapter_base(folder) if "adapter_config.json" in names else None
     if base is not None:
         digests["base"] = resolve_model(base).fingerprint
     return combine_digests(digests)
 
 
+def _differs(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Say which of these files is not the one that the folder's manifest lists, if it has a sound one."""
+    manifest = load_manifest(folder)
+    listed: Mapping[str, Any] = manifest["files"] if manifest else {}
+    for name, digest in digests.items():
+        if name in listed and listed[name]["sha256"] != digest:
+            return (
+                f"{folder / name}: damaged or changed since honeloom wrote it (its SHA-256 is not the manifest's); "
+                "restore the file or make the result again"
+            )
+    return None
+
+
 def adapter_base(folder: Path) -> str | None:
-    """The base of an adapter: beside it in the same run if it was made there, else as recorded."""
+    """The base of an adapter: beside it in the same run if it was made there, else as recorded.
+
+    A hub id comes with the revision that the adapter was trained on, as `org/name@revision`.
+    """
     for entry in recorded_inputs(folder):
         if entry["place"] == "model" and entry["relative"] and (folder / entry["relative"]).is_dir():
             return str((folder / entry["relative"]).resolve())
@@ -242,8 +264,12 @@ def adapter_base(folder: Path) -> str | None:
         raise SourceError(f"{folder / 'adapter_config.json'}: not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise SourceError(f"{folder / 'adapter_config.json'}: holds a {type(settings).__name__}, not an object")
-    base = settings.get("base_model_name_or_path")
-    return str(base) if base else None
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not base:
+        return None
+    name = str(base)
+    pinned = revision and "@" not in name and _HUB_ID.fullmatch(name) and not Path(name).is_dir()
+    return f"{name}@{revision}" if pinned else name
 
 
 def recorded_inputs(folder: Path) -> list[dict[str, Any]]:
@@ -266,7 +292,10 @@ def _digest(path: Path) -> str:
 
 
 def artefact_fingerprint(path: Path) -> str:
-    """Fingerprint of what a stage has just written, equal to what `resolve_input` would find."""
+    """Fingerprint of what a stage has just written, equal to what `resolve_model` would find.
+
+    For a file it is the SHA-256 of its content; for an adapter it covers the base model too.
+    """
     if path.is_file():
         return sha256_file(path)
     return _model_fingerprint(path, _model_files(path))

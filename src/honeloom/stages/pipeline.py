@@ -16,12 +16,12 @@ from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import combine_digests, stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
-from honeloom.runs.manifest import verify_folder
+from honeloom.runs.manifest import find_damage, load_manifest
 from honeloom.runs.output import Mode, Output, is_complete, locate, open_output
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
-from honeloom.stages.runner import Job, describe_inputs, load_report, prepare, run_job
+from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
 
@@ -33,9 +33,9 @@ def run_recipe(
 ) -> Report:
     """Run every stage of a recipe.
 
-    A stage whose key is already complete in `out` (or in the interrupted attempt beside it)
-    is reused. A changed recipe needs mode resume or overwrite; both keep the matching stages,
-    and the old run stays until the new one is complete.
+    A stage whose key is already complete in `out` (or in the interrupted attempt beside it,
+    whatever recipe that one followed) is reused. A changed recipe needs mode resume or
+    overwrite; both keep the matching stages, and the old run stays until the new is complete.
 
     Parameters
     ----------
@@ -67,6 +67,7 @@ def run_recipe(
             for stage in report.details["stages"]:
                 console.say(f"{stage['name']}: reused")
             return report
+        announce(output, console)
         if not output.complete:
             _run_in(recipe, steps, jobs, output, resolver, console)
     return load_report(out)
@@ -97,9 +98,9 @@ def _run_in(
         job = prepare(step.verb, step.config, resolver)
         folder = output.work / "stages" / step.folder.name
         _adopt(output.final / "stages" / step.folder.name, folder, job.key)
-        mode: Mode = "resume"
-        if is_complete(folder, job.key) and (damage := verify_folder(folder)[1]):
-            console.warn(f"{step.name}: {damage[0].file} is damaged ({damage[0].problem}); the stage is done again")
+        mode: Mode = "resume" if not folder.exists() or load_manifest(folder) else "overwrite"
+        if is_complete(folder, job.key) and (damage := find_damage(folder)):
+            console.warn(f"{step.name}: {damage.file} is damaged ({damage.problem}); the stage is done again")
             mode = "overwrite"
         if mode == "resume" and is_complete(folder, job.key):
             console.say(f"[{number}/{len(steps)}] {step.name}: reused")

@@ -77,11 +77,11 @@ def trace(run: Path, row: str | None) -> dict[str, Any]:
     -------
     dict
         `stages`: each with stage, verb, sha256, reads and (for a row) row: what the stage did
-        with it ("selected", "trained on", ...) or "through <stages>" or "untouched".
+        with it ("selected", "trained on", ...) or "through <models>" or "untouched". Models are
+        followed to the folders of earlier commands, as far as those still exist.
     """
     _require_result(run)
     folders = sorted((run / "stages").glob("*-*"), key=lambda p: int(p.name.split("-")[0])) or [run]
-    touched: dict[str, str] = {}
     stages = []
     for folder in folders:
         report = load_report(folder)
@@ -94,18 +94,17 @@ def trace(run: Path, row: str | None) -> dict[str, Any]:
             "reads": [{k: r[k] for k in ("place", "kind", "value", "sha256")} for r in reads],
         }
         if row is not None:
-            entry["row"] = touched[name] = _what_became_of(row, folder, reads, touched)
+            entry["row"] = _what_became_of(row, folder)
         stages.append(entry)
     return {"run": str(run), "row": row, "stages": stages}
 
 
-def _what_became_of(row: str, folder: Path, reads: list[dict[str, Any]], touched: dict[str, str]) -> str:
+def _what_became_of(row: str, folder: Path) -> str:
     direct: str | None = load_target("honeloom.stages.row_records:find_row")(folder, row)
     if direct:
         return direct
-    parents = [Path(r["relative"]).name.split("-", 1)[-1] for r in reads if r["relative"]]
-    through = [p for p in parents if touched.get(p, "").startswith(("trained on", "through"))]
-    return f"through {', '.join(through)}" if through else "untouched"
+    names = load_target("honeloom.stages.row_records:through")(folder, row)
+    return f"through {', '.join(names)}" if names else "untouched"
 
 
 def _require_result(run: Path) -> None:

@@ -13,9 +13,20 @@ from honeloom.data.overlap import question_digest
 from honeloom.stages.inputs import recorded_inputs
 from honeloom.types.rows import Row
 
-__all__ = ["ROWS_FILE", "find_row", "training_digests", "write_table", "write_training_rows"]
+__all__ = [
+    "CALIBRATION_FILE",
+    "ROWS_FILE",
+    "ancestors",
+    "find_row",
+    "parents",
+    "through",
+    "training_digests",
+    "write_table",
+    "write_training_rows",
+]
 
 ROWS_FILE = "training_rows.parquet"
+CALIBRATION_FILE = "calibration_rows.parquet"
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
@@ -33,9 +44,11 @@ def write_training_rows(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def find_row(folder: Path, row_id: str) -> str | None:
-    """What a stage did with a row, or None: trained on, (not) selected, rejected: why, evaluated on."""
+    """What a stage did with a row, or None: trained or calibrated on, (not) selected, rejected: why, evaluated on."""
     if _has(folder / ROWS_FILE, row_id):
         return "trained on"
+    if _has(folder / CALIBRATION_FILE, row_id):
+        return "calibrated on"
     if (folder / "scores.parquet").exists():
         table = pq.read_table(folder / "scores.parquet", columns=["id", "selected"], filters=[("id", "=", row_id)])
         if table.num_rows:
@@ -45,6 +58,13 @@ def find_row(folder: Path, row_id: str) -> str | None:
         if table.num_rows:
             return f"rejected: {table['reason'][0].as_py()}"
     return "evaluated on" if _has(folder / "examples.parquet", row_id) else None
+
+
+def through(folder: Path, row_id: str) -> list[str]:
+    """Names of the models that a stage read and that a row had a part in, however far back."""
+    touched = ("trained on", "calibrated on")
+    found = [name for name, model in parents(folder) if any(find_row(a, row_id) in touched for a in ancestors(model))]
+    return list(dict.fromkeys(found))
 
 
 def _has(path: Path, row_id: str) -> bool:
@@ -57,14 +77,15 @@ def training_digests(model: Path) -> set[bytes]:
     Follows the chain of `inputs.json` as far as the folders still exist.
     """
     digests: set[bytes] = set()
-    for folder in _ancestors(model):
+    for folder in ancestors(model):
         if (folder / ROWS_FILE).exists():
             column = pq.read_table(folder / ROWS_FILE, columns=["question"])["question"]
             digests.update(d for d in column.to_pylist() if d is not None)
     return digests
 
 
-def _ancestors(model: Path) -> Iterator[Path]:
+def ancestors(model: Path) -> Iterator[Path]:
+    """Yield a model's folder and those of the models it was made from, as far as they still exist."""
     seen: set[Path] = set()
     stack = [model.resolve()]
     while stack:
@@ -73,7 +94,18 @@ def _ancestors(model: Path) -> Iterator[Path]:
             continue
         seen.add(folder)
         yield folder
-        for entry in recorded_inputs(folder):
-            if entry["kind"] == "model":
-                places = [folder / entry["relative"]] if entry["relative"] else [Path(p) for p in entry["paths"]]
-                stack += [p.resolve() for p in places if p.is_dir()]
+        stack += [p for _, p in parents(folder)]
+
+
+def parents(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and folder of every model that a stage read and that still exists.
+
+    The name is the stage's within a run, else as the user wrote it.
+    """
+    for entry in recorded_inputs(folder):
+        if entry["kind"] != "model":
+            continue
+        relative = entry["relative"]
+        name = Path(relative).name.split("-", 1)[-1] if relative else entry["value"]
+        places = [folder / relative] if relative else [Path(p) for p in entry["paths"]]
+        yield from ((name, p.resolve()) for p in places if p.is_dir())

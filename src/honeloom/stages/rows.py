@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from honeloom.backends.hf.chat import Encoder, UnrenderableRow
-from honeloom.backends.hf.load import load_config, load_tokenizer, max_positions
+from honeloom.backends.hf.load import load_config, load_tokenizer, max_positions, token_limit
+from honeloom.backends.hf.score import Scorer
 from honeloom.data.reader import read_rows
 from honeloom.data.rowset import RowSet
-from honeloom.data.writer import convert_rows
-from honeloom.errors import ConfigError, OutputExistsError, RowsError, SourceError
+from honeloom.data.writer import convert_rows, row_ending
+from honeloom.errors import ConfigError, OutputExistsError, RowsError, SourceError, TemplateError
 from honeloom.runs.atomic import fsync_dir
 from honeloom.stages.inputs import resolve_model, resolve_rows
 from honeloom.stages.work import Work
 from honeloom.types.rows import Rejected, Row
 
-__all__ = ["convert", "place_of", "preview", "scan", "tell_rejected"]
+__all__ = ["convert", "limit_text", "place_of", "preview", "scan", "tell_rejected"]
 
 
 def scan(work: Work[Any], *, field: str = "rows", near_duplicates: float | None = None, dedup: bool = True) -> RowSet:
@@ -62,6 +63,13 @@ def tell_rejected(work: Work[Any], rows: RowSet) -> None:
         )
 
 
+def limit_text(scorer: Scorer, asked: int | None) -> str:
+    """Say at how many tokens rows are cut, and whether the model would take more."""
+    used, most = scorer.encoder.max_length, max_positions(scorer.model.config, scorer.encoder.tokenizer)
+    more = f", the default limit; the model takes {most:,} (--max-length)" if asked is None and most > used else ""
+    return f"{used:,} tokens{more}"
+
+
 def preview(
     sources: Sequence[str], model: str, *, count: int, limit: int | None, max_length: int | None
 ) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def preview(
     Raises
     ------
     TemplateError
-        The chat template never makes the turn end a label.
+        The chat template never makes the turn end a label, or no row keeps its turn end.
     SourceError
         The model has no tokenizer.
     """
@@ -78,10 +86,10 @@ def preview(
     tokenizer = load_tokenizer(found.paths[0], base=found.base)
     if tokenizer is None:
         raise SourceError(f"{model}: no tokenizer, so rows cannot be rendered; name a model that has one")
-    limit_tokens = max_positions(load_config(found.base or found.paths[0]), tokenizer)
-    encoder = Encoder(tokenizer, min(limit_tokens, max_length or limit_tokens), train=True)
+    limit_tokens = token_limit(load_config(found.base or found.paths[0]), tokenizer, max_length)
+    encoder = Encoder(tokenizer, limit_tokens, train=True)
     shown: list[dict[str, Any]] = []
-    counts = {"rows": 0, "rejected": 0, "tokens": 0, "trained": 0, "truncated": 0}
+    counts = {"rows": 0, "rejected": 0, "tokens": 0, "trained": 0, "truncated": 0, "ends": 0}
     rejected: list[dict[str, str]] = []
     for row in read_rows([f for s in sources for f in resolve_rows(s).files], limit=limit or count):
         if isinstance(row, Rejected):
@@ -89,6 +97,7 @@ def preview(
             rejected.append({"where": str(row.where), "reason": row.reason})
             continue
         _preview_row(row, encoder, counts, shown, rejected)
+    _require_ends(counts, limit_tokens)
     plain = encoder.template is None
     return {
         "model": model,
@@ -97,6 +106,17 @@ def preview(
         "shown": shown[:count],
         "reasons": rejected[:20],
     }
+
+
+def _require_ends(counts: dict[str, int], limit_tokens: int) -> None:
+    if counts["rows"] and not counts["ends"]:
+        advice = "mend the tokenizer's chat template, or look at the rows: they hold no assistant turn"
+        if counts["truncated"]:
+            advice = f"{counts['truncated']} are cut at {limit_tokens} tokens: raise --max-length, or shorten the rows"
+        raise TemplateError(
+            f"none of the {counts['rows']} rows has its turn end as a label, so a model tuned on them would never "
+            f"stop; {advice}"
+        )
 
 
 def _preview_row(
@@ -114,6 +134,7 @@ def _preview_row(
     counts["tokens"] += len(encoded.ids)
     counts["trained"] += encoded.targets
     counts["truncated"] += encoded.truncated
+    counts["ends"] += encoded.ends
     pieces: list[dict[str, Any]] = []
     run: list[int] = []
     for i, token in enumerate(encoded.ids):
@@ -134,11 +155,14 @@ def convert(
     (int, list of Rejected)
         Rows written, and rows that could not be read or expressed.
     """
+    if out.is_dir():
+        raise OutputExistsError(f"{out} is a folder; name a file that ends in .jsonl, .jsonl.gz or .parquet")
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists; name another file or pass --overwrite")
     formats = ("messages", "alpaca", "sharegpt", "prompt-completion")
     if to not in formats:
         raise ConfigError(f"--to {to!r}: choose one of {', '.join(formats)}")
+    row_ending(out)
     rejected: list[Rejected] = []
 
     def usable() -> Any:
@@ -154,6 +178,10 @@ def convert(
         written, unfit = convert_rows(usable(), to, temporary)  # type: ignore[arg-type]
         temporary.replace(out)
         fsync_dir(out.resolve().parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return written, rejected + unfit

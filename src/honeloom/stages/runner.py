@@ -19,7 +19,7 @@ from honeloom.config.base import VerbConfig, collect_inputs
 from honeloom.config.load import dump_yaml
 from honeloom.errors import VerificationError
 from honeloom.registry import family, load_target
-from honeloom.runs.atomic import write_bytes, write_json
+from honeloom.runs.atomic import require_space, write_bytes, write_json
 from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import stage_key
@@ -33,7 +33,7 @@ from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
 from honeloom.verbs import VERBS, Verb
 
-__all__ = ["SIDE_FILES", "Job", "load_report", "prepare", "run_job", "write_side_files"]
+__all__ = ["SIDE_FILES", "Job", "announce", "load_report", "prepare", "run_job", "space_needed", "write_side_files"]
 
 SIDE_FILES = (
     "report.json",
@@ -46,6 +46,7 @@ SIDE_FILES = (
     "manifest.json",
 )
 """What stands beside every artefact."""
+_ROOM_FOR_SMALL_FILES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +146,46 @@ def run_job(
             if output.reused:
                 console.say(f"{job.verb.name}: reused {output.final}")
                 return load_report(output.final, reused=True)
+            announce(output, console)
             if not output.complete:
                 _work_in(job, output, shown or output.final, console)
         return load_report(output.final)
 
 
+def announce(output: Output, console: Console) -> None:
+    """Say what was found at the output: a damaged result, or interrupted attempts with other settings."""
+    if output.damage is not None:
+        problem = f"{output.damage.file} is damaged ({output.damage.problem})"
+        console.warn(f"{output.verb}: {output.final}: {problem}; the result is made again")
+    for kept in output.kept:
+        console.say(
+            f"{output.verb}: an interrupted attempt with other settings is kept at {kept} until a result is complete "
+            f"here; --overwrite removes it at once"
+        )
+
+
+def space_needed(job: Job) -> int:
+    """Bytes that a stage will write, at most; 0 for verbs that measure it themselves once they know more.
+
+    A full tuning writes the model and keeps two checkpoints, each with the model and the two
+    moments of its optimizer. Everything else grows with the rows.
+    """
+    if job.verb.name in ("merge", "drop"):
+        return 0
+    method = getattr(job.config, "method", None)
+    if job.verb.name == "tune" and method is not None and method.type == "full":
+        return (1 + 2 * 3) * job.inputs["model"].size
+    return sum(i.size for i in job.inputs.values() if i.kind == "rows") + _ROOM_FOR_SMALL_FILES
+
+
+def _require_space(job: Job, work: Path) -> None:
+    """Count what an interrupted attempt has already written as room."""
+    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
+    require_space(work, max(0, space_needed(job) - written))
+
+
 def _work_in(job: Job, output: Output, shown: Path, console: Console) -> None:
+    _require_space(job, output.work)
     (output.work / "events.jsonl").unlink(missing_ok=True)
     with Journal(output.work / "events.jsonl", durable=False) as events:
         log = Log(console, events)
@@ -216,7 +251,12 @@ def write_side_files(folder: Path, job: Job, report: Report, relation: str | Non
 
 
 def describe_inputs(job: Job) -> dict[str, Any]:
-    """Content of `inputs.json`: what was read, by content hash; the links of the lineage chain."""
+    """Content of a stage's `inputs.json`: what was read, by content hash; the links of the lineage chain.
+
+    `paths` are the absolute folders or files; they are empty for an artefact of the same run,
+    which `relative` names as seen from this stage. A run folder's own file has, instead of
+    `inputs`, `stages`: stage name -> such a list.
+    """
     return {
         "schema": INPUTS_SCHEMA,
         "key": job.key,

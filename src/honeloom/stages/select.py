@@ -17,7 +17,7 @@ from honeloom.registry import family
 from honeloom.selection.choose import take_best
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.row_records import write_table
-from honeloom.stages.rows import scan
+from honeloom.stages.rows import limit_text, scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.plans import Scores, SelectPlan
 from honeloom.types.ports import SelectionData
@@ -41,7 +41,7 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     settings = config.method.model_dump(exclude={"type"})
     scores: Scores = method(SelectionData(rows, scorer, config.seed), **settings)
     plan = _choose(work, rows, scores, scorer)
-    _warn_unscored(work, scores, plan)
+    _warn_unscored(work, scores, plan, scorer)
     selected = write_selected(rows, plan.keep, work.dir)
     write_rejected(rows.rejected, work.dir / "rejected.parquet")
     _write_scores(work, rows, scores, plan)
@@ -85,7 +85,9 @@ def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Call
     config = work.config
     amount, unit = config.keep_amount()
     if all(v == -math.inf for v in scores.value):
-        raise RowsError(f"{config.method.type}: none of the {len(rows)} rows could be scored by {config.model}")
+        cut = _cut(scores)
+        why = f"; {cut} are cut at the model limit, raise --max-length or shorten them" if cut else ""
+        raise RowsError(f"{config.method.type}: none of the {len(rows)} rows could be scored by {config.model}{why}")
     if unit == "rows" and amount > len(rows):
         work.log.warn(f"keep {config.keep}: only {len(rows)} rows are usable; all of them are kept")
     tokens = None
@@ -98,11 +100,18 @@ def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Call
     return plan
 
 
-def _warn_unscored(work: Work[SelectConfig], scores: Scores, plan: SelectPlan) -> None:
+def _warn_unscored(work: Work[SelectConfig], scores: Scores, plan: SelectPlan, scorer: Callable[[], Scorer]) -> None:
     missing = sum(1 for v in scores.value if v == -math.inf)
     if missing:
         kept = sum(1 for i in plan.keep if scores.value[i] == -math.inf)
         work.log.warn(f"{missing} rows could not be scored; they come last, and {kept} of them are kept")
+    if cut := _cut(scores):
+        limit = limit_text(scorer(), work.config.max_length)
+        work.log.warn(f"{cut} rows were cut at {limit}; their losses cover a part of the response and do not count")
+
+
+def _cut(scores: Scores) -> int:
+    return sum((scores.columns or {}).get("truncated", ()))
 
 
 def _write_scores(work: Work[SelectConfig], rows: RowSet, scores: Scores, plan: SelectPlan) -> None:
@@ -110,9 +119,9 @@ def _write_scores(work: Work[SelectConfig], rows: RowSet, scores: Scores, plan: 
     columns: dict[str, Any] = {
         "id": rows.ids,
         "score": [v if math.isfinite(v) else None for v in scores.value],
-        "stderr": list(scores.stderr) if scores.stderr else [None] * len(rows),
-        "count": list(scores.count) if scores.count else [1] * len(rows),
-        "cluster": [None] * len(rows),
+        "stderr": list(scores.stderr) if scores.stderr else pa.nulls(len(rows), pa.float64()),
+        "count": list(scores.count) if scores.count else pa.nulls(len(rows), pa.int64()),
+        "cluster": pa.nulls(len(rows), pa.int64()),
         "selected": [i in chosen for i in range(len(rows))],
         "source": rows.sources,
         "domain": rows.domains,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from honeloom.backends.devices import choose_device, choose_dtype
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import logits_gap
-from honeloom.backends.hf.load import load_model, load_tokenizer, max_positions
+from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.tune import Trained, add_lora, train, unfreeze
 from honeloom.checkpoint.folders import copy_tokenizer, discard
+from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError, RowsError, SourceError
 from honeloom.stages.row_records import write_training_rows
@@ -33,17 +37,20 @@ def execute(work: Work[TuneConfig]) -> Outcome:
             f"{found.value} is an adapter; merge it into its base first "
             "(task_arithmetic with weight 1 gives a full model)"
         )
-    source = load_model(found.paths[0], device=config.device, dtype=config.dtype)
-    limit = max_positions(source.config, tokenizer)
-    encoder = Encoder(tokenizer, min(limit, config.max_length or limit), train=True)
-    encoded = _encode(work, rows, encoder)
+    compute = choose_dtype(config.dtype, choose_device(config.device))
+    full = config.method.type == "full"
+    # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
+    source = load_model(found.paths[0], device=config.device, dtype="fp32" if full else config.dtype)
+    encoder = Encoder(tokenizer, token_limit(source.config, tokenizer, config.max_length), train=True)
+    kept, encoded = _encode(work, rows, encoder)
     model = _prepare(source, config)
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
-    trained = train(model, encoded, config, work.dir / "checkpoints", work.log)
-    _save(work, model)
+    autocast = compute if full and compute is not torch.float32 else None
+    trained = train(model, encoded, config, work.dir / "checkpoints", work.log, autocast=autocast)
+    _save(work, model, compute if full else None)
+    write_training_rows(work.dir, rows.take([kept[i] for i in trained.seen]))
+    checks = _verify(work, model, encoded)
     discard(work.dir / "checkpoints")
-    write_training_rows(work.dir, rows)
-    checks = _verify(work, model, encoded, trained)
     return Outcome(
         "adapter" if config.method.type == "lora" else "model",
         metrics=_metrics(trained),
@@ -61,9 +68,12 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     )
 
 
-def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> list[Encoded]:
-    encoded, skipped, cut, without_end = [], 0, 0, 0
-    for row in work.log.track(rows, "read rows", len(rows)):
+def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[list[int], list[Encoded]]:
+    """Encode what can be trained on: positions within the rows, and the encoded rows."""
+    kept: list[int] = []
+    encoded: list[Encoded] = []
+    skipped = cut = 0
+    for position, row in enumerate(work.log.track(rows, "read rows", len(rows))):
         try:
             if row.kind == "choice":
                 raise UnrenderableRow("multiple-choice rows are for evaluation")
@@ -73,18 +83,18 @@ def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> list[Enco
             work.log.event("skipped", row=row.id, reason=str(error))
             continue
         cut += item.truncated
-        without_end += not item.targets
         if item.targets:
+            kept.append(position)
             encoded.append(item)
+        else:
+            skipped += 1
     if not encoded:
         raise RowsError(f"none of the {len(rows)} rows can be trained on; look at them with `honeloom rows preview`")
-    if skipped or without_end:
-        work.log.warn(
-            f"{skipped + without_end} rows have nothing to train within {encoder.max_length} tokens; left out"
-        )
+    if skipped:
+        work.log.warn(f"{skipped} rows have nothing to train within {encoder.max_length} tokens; left out")
     if cut:
         work.log.warn(f"{cut} rows were cut at {encoder.max_length} tokens and do not train their turn end")
-    return encoded
+    return kept, encoded
 
 
 def _prepare(model: Any, config: TuneConfig) -> Any:
@@ -94,12 +104,16 @@ def _prepare(model: Any, config: TuneConfig) -> Any:
     return unfreeze(model)
 
 
-def _save(work: Work[TuneConfig], model: Any) -> None:
+def _save(work: Work[TuneConfig], model: Any, dtype: torch.dtype | None) -> None:
+    """Write the adapter, or the full model in `dtype`."""
     found = work.inputs["model"]
     model.eval()
+    if dtype is not None:
+        for parameter in model.parameters():  # not `model.to`: the rotary frequencies must stay in fp32
+            parameter.data = parameter.data.to(dtype)
     if work.config.method.type == "lora":
         # The base as the user can reach it: a hub id stays one, a folder becomes absolute.
-        base = found.value if found.revision else str(found.published or found.paths[0])
+        base = found.value.partition("@")[0] if found.revision else str(found.published or found.paths[0])
         model.peft_config["default"].base_model_name_or_path = base
         model.peft_config["default"].revision = found.revision
         model.peft_config["default"].inference_mode = True
@@ -107,17 +121,45 @@ def _save(work: Work[TuneConfig], model: Any) -> None:
     copy_tokenizer(found.paths[0], work.dir)
 
 
-def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded], trained: Trained) -> tuple[Check, ...]:
-    """Load the saved files again and compare logits with the model that was trained."""
+def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded]) -> tuple[Check, ...]:
+    """Load the saved files again and compare logits with the model that was trained; count what changed."""
     found, config = work.inputs["model"], work.config
     base = found.paths[0] if config.method.type == "lora" else None
     again = load_model(work.dir, base=base, device=config.device, dtype=config.dtype)
     gap = logits_gap(model, again, [list(e.ids) for e in encoded[:4]])
-    ends = sum(1 for e in encoded if not e.truncated and e.scored[-1]) / len(encoded)
+    ends = sum(e.ends for e in encoded) / len(encoded)
+    if ends < 0.5:
+        work.log.warn(f"only {ends:.0%} of the rows train their turn end; raise --max-length")
+    changed = _changed_share(work)
+    if config.method.type == "full" and changed < 0.5:
+        work.log.warn(
+            f"only {changed:.0%} of the written weights differ from the source: most changes are smaller than the "
+            "number type can express; --dtype fp32 keeps them"
+        )
     return (
         Check("the saved files give the trained model's logits (largest difference)", gap, 1e-4, gap <= 1e-4),
         Check("share of rows whose turn end is trained", ends, 0.0, ends > 0),
+        Check("share of the trained weights that changed", changed, 0.0, changed > 0),
     )
+
+
+def _changed_share(work: Work[TuneConfig]) -> float:
+    """Of the written weights, how many differ from where training began (LoRA's B begins at zero)."""
+    changed = total = 0
+    if work.config.method.type == "lora":
+        with Checkpoint(work.dir, [work.dir / "adapter_model.safetensors"]) as adapter:
+            for name in adapter.names():
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    tensor = adapter.read(name)
+                    changed += int(tensor.count_nonzero())
+                    total += tensor.numel()
+        return changed / total
+    with Checkpoint.open(work.model()) as before, Checkpoint.open(work.dir) as after:
+        for name in sorted(set(before.names()) & set(after.names())):
+            one, other = before.read(name), after.read(name)
+            changed += int((one.float() != other.float()).sum())
+            total += one.numel()
+    return changed / total
 
 
 def _thinned(losses: Sequence[float]) -> list[tuple[int, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from honeloom.selection.choose import take_best
 from honeloom.testing.fakes import FakeModel, FakeRows, chat_row
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
@@ -34,7 +35,8 @@ def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
     """Require what every selector promises.
 
     One number per row and no NaN; the same scores when called again; scores that follow the
-    row, not its place: reordering the rows reorders the scores.
+    row, not its place: reordering the rows reorders the scores; and rows that cannot be scored
+    are -inf, so that they are chosen last whichever end is the better one.
 
     Raises
     ------
@@ -49,17 +51,22 @@ def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
     first = score(rows)
     assert len(first) == len(rows), f"{len(first)} scores for {len(rows)} rows"
     assert not any(math.isnan(v) for v in first.value), "a score is NaN; rows that cannot be scored must be -inf"
+    assert all(math.isfinite(v) or v == -math.inf for v in first.value), "a score is +inf; an unknown one is -inf"
     assert score(rows).value == first.value, "a second call gives other scores"
     for name, column in (first.columns or {}).items():
         assert len(column) == len(rows), f"column {name!r} has {len(column)} entries for {len(rows)} rows"
     backwards = score(rows[::-1])
-    kept = [{order[i].id for i in _best(s.value, 8)} for s, order in ((first, rows), (backwards, rows[::-1]))]
+    kept = [_chosen(s, order, 8) for s, order in ((first, rows), (backwards, rows[::-1]))]
     distinct = len(set(first.value)) == len(rows)
     assert not distinct or kept[0] == kept[1], "the choice depends on the order of the rows"
+    unknown = {row.id for row, v in zip(rows, first.value, strict=True) if v == -math.inf}
+    known = len(rows) - len(unknown)
+    assert not unknown & _chosen(first, rows, known), "a row that cannot be scored is chosen before one that can"
 
 
-def _best(values: Sequence[float], count: int) -> list[int]:
-    return sorted(range(len(values)), key=lambda i: -values[i])[:count]
+def _chosen(scores: Scores, rows: Sequence[Row], count: int) -> set[str]:
+    ids = [row.id for row in rows]
+    return {ids[i] for i in take_best(scores, ids, amount=count, unit="rows", seed=0).keep}
 
 
 def check_merge_method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from honeloom.types.rows import Row, Turn, Where
@@ -50,6 +50,7 @@ class FakeLoss:
 
     loss_sum: float
     tokens: int
+    truncated: bool = False
 
 
 class FakeModel:
@@ -59,10 +60,13 @@ class FakeModel:
     ----------
     loss : callable
         (row, with_prompt) -> nats per token; None means that the row cannot be scored.
+    cut : container of str
+        Ids of rows that are too long with their prompt.
     """
 
-    def __init__(self, loss: Callable[[Row, bool], float | None]) -> None:
+    def __init__(self, loss: Callable[[Row, bool], float | None], cut: Container[str] = ()) -> None:
         self._loss = loss
+        self._cut = cut
 
     def count_tokens(self, text: str) -> int:
         """Number of words."""
@@ -74,4 +78,4 @@ class FakeModel:
             value = self._loss(row, with_prompt)
             if value is not None:
                 tokens = max(1, self.count_tokens(row.response))
-                yield row, FakeLoss(value * tokens, tokens)
+                yield row, FakeLoss(value * tokens, tokens, with_prompt and row.id in self._cut)

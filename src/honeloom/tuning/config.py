@@ -68,7 +68,7 @@ class TuneConfig(RowsConfig):
     batch_size: int = Field(8, gt=0, description="Rows per forward pass.")
     accumulate: int = Field(1, gt=0, description="Forward passes per optimizer step.")
     max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit.")
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
     checkpoint_every: int = Field(200, gt=0, description="Optimizer steps between resumable checkpoints.")
     report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = ()
 

@@ -11,7 +11,7 @@ __all__ = ["LossPort", "RowLossLike", "RowTable", "SelectionData"]
 
 
 class RowLossLike(Protocol):
-    """Loss of one row: summed nats and the number of scored tokens."""
+    """Loss of one row: summed nats, the number of scored tokens, and whether the row was cut."""
 
     @property
     def loss_sum(self) -> float:
@@ -20,6 +20,10 @@ class RowLossLike(Protocol):
     @property
     def tokens(self) -> int:
         """Scored tokens."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the row was cut at the model's limit."""
 
 
 class LossPort(Protocol):

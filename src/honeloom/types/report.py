@@ -42,7 +42,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """What a stage produced; `sha256` is the fingerprint over the artefact's own files."""
+    """What a stage produced.
+
+    `sha256` is the fingerprint of its content: of one file, or of a model folder's files
+    without the side files; an adapter's covers its base model, a run's all its stages.
+    """
 
     kind: ArtefactKind
     path: str

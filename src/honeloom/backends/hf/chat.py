@@ -54,12 +54,15 @@ class Encoded:
         Characters of the scored text that fit, special tokens not counted.
     truncated : bool
         Whether tokens were cut at the end.
+    ends : bool
+        Whether the end of the last assistant turn, or the text's <eos>, is kept and scored.
     """
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     chars: int
     truncated: bool
+    ends: bool
 
     @property
     def targets(self) -> int:
@@ -83,7 +86,8 @@ class Encoder:
     ------
     TemplateError
         The chat template fails, takes too long, prints too much, or never makes the end of
-        an assistant turn a label, so that a tuned model would not know how to stop.
+        an assistant turn a label, so that a tuned model would not know how to stop. Where
+        `train` needs an <eos> and the tokenizer has none, `encode` raises it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, train: bool = False) -> None:
@@ -132,7 +136,8 @@ class Encoder:
             head = (self._bos() + prompt)[-(self.max_length - len(answer)) :]
             ids = (head + answer)[-self.max_length :]
             scored = [False] * (len(ids) - len(answer)) + [True] * len(answer)
-            encoded.append(Encoded(tuple(ids), tuple(scored[-len(ids) :]), len(choice), len(head) < len(prompt)))
+            cut = len(head) < len(prompt)
+            encoded.append(Encoded(tuple(ids), tuple(scored[-len(ids) :]), len(choice), cut, ends=False))
         return encoded
 
     def count_tokens(self, text: str) -> int:
@@ -144,30 +149,34 @@ class Encoder:
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.tokenizer.is_fast
         )
         bos, tokens = self._bos(), list(batch["input_ids"])
-        ids = bos + tokens + (self._eos() if self.train else [])
+        eos = self._eos() if self.train else []
+        ids = bos + tokens + eos
         scored = [False] + [True] * (len(ids) - 1)
         kept = max(0, min(len(ids), self.max_length) - len(bos))
         chars = len(text)
         if kept < len(tokens):
             chars = batch["offset_mapping"][kept - 1][1] if self.tokenizer.is_fast and kept else 0
-        return self._cut(ids, scored, chars, len(text))
+        return self._cut(ids, scored, chars, len(text), end=len(ids) - 1 if eos else None)
 
     def _plain(self, turns: Sequence[Turn]) -> Encoded:
-        ids, scored, chars = self._bos(), [False] * len(self._bos()), []
+        ids, scored, chars, end = self._bos(), [False] * len(self._bos()), [], None
+        eos = self._eos()
         for turn in turns:
             if turn.role == "assistant":
-                part = self._ids(turn.content) + self._eos()
+                part = self._ids(turn.content) + eos
+                end = len(ids) + len(part) - 1 if eos else None
             else:
                 part = self._ids(f"{turn.content}\n") if turn.content else []
             ids += part
             scored += [turn.role == "assistant"] * len(part)
             chars.append(len(turn.content) if turn.role == "assistant" else 0)
-        return self._cut(ids, scored, sum(chars), sum(chars))
+        return self._cut(ids, scored, sum(chars), sum(chars), end)
 
     def _chat(self, turns: Sequence[Turn]) -> Encoded:
         ids, scored = self._render(turns)
         total = sum(len(t.content) for t in turns if t.role == "assistant")
-        return self._cut(ids, scored, total, total)
+        last = max((i for i, s in enumerate(scored) if s), default=None)  # a turn end, as the probe has shown
+        return self._cut(ids, scored, total, total, last)
 
     def _render(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
         messages = [{"role": t.role, "content": t.content} for t in turns]
@@ -224,14 +233,16 @@ class Encoder:
                 "stop; put the end token inside the {% generation %} block, or after the assistant's text"
             )
 
-    def _cut(self, ids: list[int], scored: list[bool], chars: int, total: int) -> Encoded:
+    def _cut(self, ids: list[int], scored: list[bool], chars: int, total: int, end: int | None) -> Encoded:
+        """Cut at the end; `end` is the place of the last turn end among all tokens."""
         if scored:
             scored[0] = False  # nothing predicts the first token
         truncated = len(ids) > self.max_length
         kept = scored[: self.max_length]
         if truncated and chars == total and any(scored):  # a share is exact enough where offsets are not at hand
             chars = round(total * sum(kept) / sum(scored))
-        return Encoded(tuple(ids[: self.max_length]), tuple(kept), chars, truncated)
+        ends = end is not None and end < len(kept) and kept[end]
+        return Encoded(tuple(ids[: self.max_length]), tuple(kept), chars, truncated, ends)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -242,6 +253,11 @@ class Encoder:
 
     def _eos(self) -> list[int]:
         token = self.tokenizer.eos_token_id
+        if token is None and self.train:
+            raise TemplateError(
+                "the tokenizer has no EOS token to end a row with, so a tuned model would never stop; "
+                "set eos_token in tokenizer_config.json, or give it a chat template for conversations"
+            )
         return [] if token is None else [int(token)]
 
 

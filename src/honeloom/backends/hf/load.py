@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from honeloom.backends.devices import choose_device, choose_dtype
+from honeloom.checkpoint.folders import read_config
 from honeloom.checkpoint.headers import inspect_weights
+from honeloom.checkpoint.reader import weight_files
 from honeloom.errors import CheckpointError, SourceError
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "max_positions"]
+__all__ = ["DEFAULT_MAX_TOKENS", "load_config", "load_model", "load_tokenizer", "max_positions", "token_limit"]
+
+DEFAULT_MAX_TOKENS = 2048
+"""Tokens per row where nobody asked for more: memory grows with them, whatever the model can take."""
+
+# What a config gets wrong if the weights hold tensors that it has no place for.
+_FIELDS = (
+    (re.compile(r"\.experts\.\d+\."), "the number of experts (num_local_experts, num_experts)"),
+    (re.compile(r"\.\d+\..*\.bias$"), "a bias switch (attention_bias, mlp_bias)"),
+    (re.compile(r"\.\d+\."), "num_hidden_layers"),
+    (re.compile(r"lm_head"), "tie_word_embeddings"),
+)
 
 
 def load_config(path: Path) -> Any:
     """Read a model's configuration; refuses repositories that need their own code."""
     file = path / "config.json"
-    try:
-        data = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise SourceError(f"{path}: no config.json; a model folder needs one") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from None
-    if data.get("auto_map"):
+    code = read_config(path).get("auto_map")
+    if code:
+        names = ", ".join(map(str, code.values())) if isinstance(code, dict) else str(code)
         raise CheckpointError(
-            f"{file}: auto_map asks to run code from the repository ({', '.join(map(str, data['auto_map'].values()))});"
+            f"{file}: auto_map asks to run code from the repository ({names});"
             " honeloom never runs such code. Use a model whose architecture transformers knows"
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: transformers {transformers.__version__} cannot read it: {error}") from None
 
 
@@ -56,16 +67,17 @@ def load_model(
     Raises
     ------
     CheckpointError
-        A weight file is damaged, tensors are missing, or the architecture is unknown.
+        A weight file is damaged, the weights do not fit the configuration, or the
+        architecture is unknown.
     """
     if (path / "adapter_config.json").exists():
         if base is None:
             raise SourceError(f"{path}: an adapter, and its base model is not known; set base_model_name_or_path in it")
+        _check_weights([_adapter_file(path)])
         inner = load_model(base, device=device, dtype=dtype)
-        _check_weights(path)
         return PeftModel.from_pretrained(inner, path, is_trainable=trainable).eval()
     config = load_config(path)
-    _check_weights(path)
+    _check_weights(weight_files(path))
     transformers.utils.logging.disable_progress_bar()  # it would draw over ours
     where = choose_device(device)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -75,32 +87,54 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        ignore_mismatched_sizes=True,  # they come back in the loading info and are refused below
         output_loading_info=True,
     )
     model, info = loaded
+    _check_fit(path, info)
+    return model.to(where).eval()
+
+
+def _check_fit(path: Path, info: dict[str, Any]) -> None:
+    """Refuse weights that do not fit the configuration: transformers would load what it can and go on."""
+    mismatched = sorted(info["mismatched_keys"], key=str)
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is {tuple(stored)}, and config.json asks for {tuple(expected)} "
+            f"({len(mismatched)} such tensors); config.json does not belong to these weights"
+        )
+    unexpected = sorted(info["unexpected_keys"])  # without those that transformers declares ignorable
+    if unexpected:
+        name = unexpected[0]
+        field = next((field for pattern, field in _FIELDS if pattern.search(name)), "model_type or architectures")
+        raise CheckpointError(
+            f"{path}: config.json has no place for {len(unexpected)} tensors of the weights, first {name!r}, so they "
+            f"would be left out; check {field} in config.json"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} tensors are missing, first {missing[0]!r}; transformers would fill them with "
             "random numbers. The folder is incomplete, or holds a dropped model that needs its own loader"
         )
-    return model.to(where).eval()
 
 
-def _check_weights(path: Path) -> None:
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: no *.safetensors file, so no weights to load; the folder is incomplete")
+def _adapter_file(path: Path) -> Path:
+    """The one weight file of an adapter; without it PEFT would unpickle adapter_model.bin."""
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: no {file.name}; honeloom reads adapters from that file only, never pickled ones"
+        )
+    return file
+
+
+def _check_weights(files: Sequence[Path]) -> None:
     for file in files:
         fault = inspect_weights(file)
         if fault:
             raise CheckpointError(f"{file}: {fault}")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        absent = sorted(s for s in shards if not (path / s).exists())
-        if absent:
-            raise CheckpointError(f"{index}: names {absent[0]!r}, which is not there; download the folder again")
 
 
 def load_tokenizer(path: Path, *, base: Path | None = None) -> PreTrainedTokenizerBase | None:
@@ -122,3 +156,8 @@ def max_positions(config: Any, tokenizer: PreTrainedTokenizerBase | None = None)
             return value
     limit = getattr(tokenizer, "model_max_length", None)
     return limit if isinstance(limit, int) and 0 < limit < 10**7 else 2048
+
+
+def token_limit(config: Any, tokenizer: PreTrainedTokenizerBase | None, asked: int | None) -> int:
+    """Tokens per row: what was asked for, else DEFAULT_MAX_TOKENS; never more than the model takes."""
+    return min(max_positions(config, tokenizer), asked or DEFAULT_MAX_TOKENS)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.load import load_model, load_tokenizer, max_positions
-from honeloom.errors import NotFiniteError, SourceError
+from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
+from honeloom.errors import HoneloomError, NotFiniteError, SourceError
 from honeloom.types.rows import Row
 
 __all__ = ["ChoiceScore", "RowLoss", "Scorer", "pad_batch"]
@@ -89,8 +89,7 @@ class Scorer:
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
         model = load_model(path, base=base, device=device, dtype=dtype)
-        limit = max_positions(model.config, tokenizer)
-        encoder = Encoder(tokenizer, min(limit, max_length or limit))
+        encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length))
         return cls(model, encoder, batch_size, progress or _no_progress)
 
     def count_tokens(self, text: str) -> int:
@@ -131,7 +130,15 @@ class Scorer:
         sums = [0.0] * len(encoded)
         for start in range(0, len(order), self.batch_size):
             picked = order[start : start + self.batch_size]
-            for i, value in zip(picked, self._batch_sums([encoded[i] for i in picked]), strict=True):
+            batch = [encoded[i] for i in picked]
+            try:
+                values = self._batch_sums(batch)
+            except torch.OutOfMemoryError:
+                raise HoneloomError(
+                    f"out of memory on {len(batch)} rows of up to {len(batch[0].ids)} tokens; "
+                    f"lower --batch-size (now {self.batch_size}) or --max-length (now {self.encoder.max_length})"
+                ) from None
+            for i, value in zip(picked, values, strict=True):
                 sums[i] = value
         return sums
 

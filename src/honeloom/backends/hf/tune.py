@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.local_steps import build_optimizer, build_schedule
-from honeloom.errors import NotFiniteError
+from honeloom.backends.hf.score import pad_batch
+from honeloom.errors import ConfigError, HoneloomError, NotFiniteError
 from honeloom.ops.noise import permutation
 from honeloom.runs.atomic import fsync_file, write_json
 from honeloom.runs.log import Log
@@ -30,12 +31,13 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training did: steps, tokens seen, share of them that were targets, losses per step."""
+    """What training did: steps, tokens seen, share of them that were targets, losses per step, rows seen."""
 
     steps: int
     tokens: int
     label_share: float
     losses: tuple[float, ...]
+    seen: frozenset[int]
 
 
 def add_lora(
@@ -65,7 +67,10 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"method.targets {targets!r}: {error}; `all-linear` adapts every linear layer") from None
 
 
 def unfreeze(model: Any) -> Any:
@@ -78,7 +83,14 @@ def total_steps(rows: int, config: TuneConfig) -> int:
     """Optimizer steps of a run over `rows` rows."""
     if config.max_steps is not None:
         return config.max_steps
-    return math.ceil(round(rows * (config.epochs or 1.0)) / (config.batch_size * config.accumulate))
+    return math.ceil(rows_in_all(rows, config) / (config.batch_size * config.accumulate))
+
+
+def rows_in_all(rows: int, config: TuneConfig) -> int:
+    """How many rows are trained on, repeats counted; at least one."""
+    if config.max_steps is not None:
+        return config.max_steps * config.batch_size * config.accumulate
+    return max(1, round(rows * (config.epochs or 1.0)))
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:
@@ -91,7 +103,15 @@ def row_order(rows: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def train(model: Any, encoded: Sequence[Encoded], config: TuneConfig, folder: Path, log: Log) -> Trained:
+def train(
+    model: Any,
+    encoded: Sequence[Encoded],
+    config: TuneConfig,
+    folder: Path,
+    log: Log,
+    *,
+    autocast: torch.dtype | None = None,
+) -> Trained:
     """Train `model` in place.
 
     Parameters
@@ -106,6 +126,8 @@ def train(model: Any, encoded: Sequence[Encoded], config: TuneConfig, folder: Pa
         For checkpoints and trainer files; the newest complete checkpoint in it is resumed.
     log : Log
         Progress, events and warnings.
+    autocast : torch.dtype, optional
+        bfloat16 or float16: matrix products in it, weights as they are.
 
     Raises
     ------
@@ -113,41 +135,56 @@ def train(model: Any, encoded: Sequence[Encoded], config: TuneConfig, folder: Pa
         The loss or gradient is NaN or infinite; `diagnosis.json` in `folder` says where.
     """
     steps = total_steps(len(encoded), config)
-    per_step = config.batch_size * config.accumulate
-    wanted = steps * per_step if config.max_steps else round(len(encoded) * (config.epochs or 1.0))
-    order = row_order(len(encoded), wanted, config.seed)
+    order = row_order(len(encoded), rows_in_all(len(encoded), config), config.seed)
     optimizer = build_optimizer(model, config.optimizer, config.learning_rate)
     schedule = build_schedule(optimizer, config.schedule, steps, config.warmup_ratio)
-    checkpoint = newest_checkpoint(folder, log)
+    signature = {"device": model.device.type, "dtype": str(model.dtype), "autocast": str(autocast)}
+    checkpoint = newest_checkpoint(folder, log, signature)
     with deferred_signals() as pending, log.console.progress("tune", steps) as advance:
-        watcher = _Watcher(folder, log, pending, advance)
-        trainer = _OrderedTrainer(
+        watcher = _Watcher(folder, log, pending, advance, signature)
+        trainer = _trainer(
             model=model,
-            args=_arguments(config, folder, steps, model.device),
+            args=_arguments(config, folder, steps, model.device, autocast),
             train_dataset=_Rows([encoded[i] for i in order]),
             data_collator=collate,
-            optimizers=(optimizer, schedule),  # type: ignore[arg-type]
+            optimizers=(optimizer, schedule),
             callbacks=[watcher],
         )
-        trainer.remove_callback(_printer())
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise HoneloomError(
+                f"out of memory while training: {error}; lower --batch-size (and raise accumulate) or --max-length, "
+                "or use --method lora"
+            ) from None
+    # Under autocast accelerate replaces `forward`; the caller gets the plain model back.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     pending.raise_if_received()
     if watcher.fault:
         raise NotFiniteError(f"{watcher.fault}; lower lr or use --dtype fp32. See {folder / 'diagnosis.json'}")
     tokens = sum(len(encoded[i].ids) for i in order)
     targets = sum(encoded[i].targets for i in order)
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return Trained(steps, tokens, targets / tokens, losses)
+    return Trained(steps, tokens, targets / tokens, losses, frozenset(order))
 
 
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
+def _trainer(**parts: Any) -> Trainer:
+    try:
+        trainer = _OrderedTrainer(**parts)
+    except RuntimeError as error:  # a tracker that is not installed
+        raise ConfigError(f"report_to: {error}") from None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
-    return PrinterCallback
 
-
-def _arguments(config: TuneConfig, folder: Path, steps: int, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(
+    config: TuneConfig, folder: Path, steps: int, device: torch.device, autocast: torch.dtype | None
+) -> TrainingArguments:
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(
+            f"--device {device}: the trainer uses the first device; set CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -165,7 +202,12 @@ def _arguments(config: TuneConfig, folder: Path, steps: int, device: torch.devic
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         use_cpu=device.type == "cpu",
+        bf16=autocast is torch.bfloat16,
+        fp16=autocast is torch.float16,
     )
+    # Several visible devices would otherwise be filled by torch.nn.DataParallel, which multiplies the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class _Rows(Dataset):
@@ -190,8 +232,6 @@ class _OrderedTrainer(Trainer):
 
 def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Pad a batch as the Trainer wants it."""
-    from honeloom.backends.hf.score import pad_batch
-
     ids, mask, labels = pad_batch(batch, torch.device("cpu"))
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -199,8 +239,11 @@ def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
 class _Watcher(TrainerCallback):
     """Stops on NaN, saves on a signal, marks checkpoints complete, and tells the log."""
 
-    def __init__(self, folder: Path, log: Log, pending: PendingSignal, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, folder: Path, log: Log, pending: PendingSignal, advance: Callable[[int], None], signature: dict[str, str]
+    ) -> None:
         self.folder = folder
+        self.signature = signature
         self.log = log
         self.pending = pending
         self.advance = advance
@@ -231,16 +274,19 @@ class _Watcher(TrainerCallback):
         checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         for file in checkpoint.iterdir():
             fsync_file(file)
-        write_json(checkpoint / COMPLETE, {"step": state.global_step})
+        write_json(checkpoint / COMPLETE, {"step": state.global_step, **self.signature})
 
 
-def newest_checkpoint(folder: Path, log: Log) -> Path | None:
-    """The newest complete checkpoint; newer ones that were cut off are named and skipped."""
+def newest_checkpoint(folder: Path, log: Log, signature: dict[str, str]) -> Path | None:
+    """The newest complete checkpoint made on this kind of device in this number type; others are named and skipped."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
         if (checkpoint / COMPLETE).exists():
-            step = json.loads((checkpoint / COMPLETE).read_bytes())["step"]
-            log.say(f"tune: going on from step {step}")
-            return checkpoint
+            made = json.loads((checkpoint / COMPLETE).read_bytes())
+            if made == {"step": made["step"], **signature}:
+                log.say(f"tune: going on from step {made['step']}")
+                return checkpoint
+            log.say(f"tune: {checkpoint.name} was made with another device or number type; skipped")
+            continue
         log.say(f"tune: {checkpoint.name} was cut off while it was saved; skipped")
     return None
