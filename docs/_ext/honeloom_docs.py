@@ -89,7 +89,8 @@ class _Markdown(SphinxDirective):
     """A directive whose content is Markdown that the code writes."""
 
     def markdown(self) -> str:
-        raise NotImplementedError
+        """The content; every directive below defines it."""
+        raise TypeError(f"{type(self).__name__} defines no markdown()")
 
     def run(self) -> list[nodes.Node]:
         return self.parse_text_to_nodes(self.markdown())

@@ -346,3 +346,9 @@ def test_models_of_other_tokenizers_are_compared_per_character(tmp_path):
     )
     assert against["unmatched"] == 0
     assert against["difference"] == pytest.approx(mine - theirs, abs=1e-9)
+
+
+def test_several_processes_are_refused_not_mixed_up(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2: this version works in one process"):
+        honeloom.evaluate("lab:base", rows="lab:dev", limit=2)

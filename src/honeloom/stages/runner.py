@@ -7,6 +7,7 @@ Every verb passes through here, alone or in a recipe. This module is light; a ve
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from honeloom.config.base import VerbConfig, collect_inputs
 from honeloom.config.load import dump_yaml
-from honeloom.errors import VerificationError
+from honeloom.errors import ConfigError, VerificationError
 from honeloom.registry import family, load_target
 from honeloom.runs.atomic import require_space, write_bytes, write_json
 from honeloom.runs.environment import describe_environment
@@ -137,6 +138,7 @@ def run_job(
     VerificationError
         The result is not what it claims; nothing is published.
     """
+    _require_one_process()
     console = console or QuietConsole()
     with terminate_cleanly():
         if out is None:
@@ -161,6 +163,16 @@ def announce(output: Output, console: Console) -> None:
         console.say(
             f"{output.verb}: an interrupted attempt with other settings is kept at {kept} until a result is complete "
             f"here; --overwrite removes it at once"
+        )
+
+
+def _require_one_process() -> None:
+    """Refuse a launch with several processes: each of them would write the same output."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {world}: this version works in one process; start it without torchrun or accelerate launch, "
+            "or with one process"
         )
 
 
