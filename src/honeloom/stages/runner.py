@@ -171,8 +171,8 @@ def _require_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise ConfigError(
-            f"WORLD_SIZE is {world}: this version works in one process; start it without torchrun or accelerate launch, "
-            "or with one process"
+            f"WORLD_SIZE is {world}: this version works in one process; start it without torchrun or "
+            "accelerate launch, or with one process"
         )
 
 
