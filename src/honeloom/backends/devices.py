@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from honeloom.errors import ConfigError
+from honeloom.runs.processes import local_rank
 
-__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices"]
+__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices", "wait_for_all"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -18,7 +19,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda, cuda:N or mps into a device that exists here; ConfigError if it does not."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank())
+        return torch.device("mps" if _has_mps() else "cpu")
     kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(_has_mps())}[kind]
     if int(index or 0) >= count:
@@ -36,6 +39,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def wait_for_all() -> None:
+    """Wait until every process of a spread job is here, then part."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def describe_devices() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import honeloom
 from honeloom.errors import ConfigError
 from honeloom.flags import place_flags
 from honeloom.registry import load_target
+from honeloom.runs.processes import rank
 from honeloom.runs.redact import redact_tree
 from honeloom.verbs import VERBS
 
@@ -84,6 +85,8 @@ def run_verb(
         print_plans(plans, console, as_json)
         return
     report = call(output_dir=out, overwrite=overwrite, resume=resume, console=console, **options)
+    if rank() > 0:
+        return  # the leading process speaks
     if as_json:
         print_json(report.to_json())
         return

@@ -16,7 +16,7 @@ from honeloom.runs.atomic import commit_point, fsync_dir, remove_temporaries, re
 from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import Problem, find_damage, load_manifest, write_manifest
 
-__all__ = ["Mode", "Output", "is_complete", "locate", "open_output"]
+__all__ = ["Mode", "Output", "is_complete", "locate", "open_output", "work_folder"]
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -159,8 +159,13 @@ def _make_parent(out: Path) -> None:
         raise OutputExistsError(f"{out}: {held} is a file, so no folder can lie in it") from None
 
 
+def work_folder(out: Path, key: str) -> Path:
+    """Where the work named by `key` is done before it stands at `out`."""
+    return out.with_name(f".{out.name}.partial-{key}")
+
+
 def _prepare(out: Path, key: str, verb: str, mode: Mode) -> Output:
-    work = out.with_name(f".{out.name}.partial-{key}")
+    work = work_folder(out, key)
     others = _other_attempts(out, work)
     if verb == "run" and not work.is_dir():
         runs = [p for p in others if (p / "stages").is_dir()]

@@ -25,7 +25,8 @@ from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
-from honeloom.runs.output import Mode, Output, open_output
+from honeloom.runs.output import Mode, Output, is_complete, open_output, work_folder
+from honeloom.runs.processes import rank, world_size
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, ResolvedInput, Resolver, artefact_fingerprint
@@ -138,8 +139,9 @@ def run_job(
     VerificationError
         The result is not what it claims; nothing is published.
     """
-    _require_one_process()
     console = console or QuietConsole()
+    if world_size() > 1 and (rank() > 0 or job.verb.name != "tune"):
+        return _follow(job, out, mode)
     with terminate_cleanly():
         if out is None:
             return _execute(job, None, Log(console), shown=None, resumed=False)[0]
@@ -151,6 +153,8 @@ def run_job(
             announce(output, console)
             if not output.complete:
                 _work_in(job, output, shown or output.final, console)
+        if world_size() > 1:
+            load_target("honeloom.backends.devices:wait_for_all")()
         return load_report(output.final)
 
 
@@ -166,14 +170,19 @@ def announce(output: Output, console: Console) -> None:
         )
 
 
-def _require_one_process() -> None:
-    """Refuse a launch with several processes: each of them would write the same output."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
+def _follow(job: Job, out: Path | None, mode: Mode) -> Report:
+    """Compute beside the leading process; write nothing, and return once it has published."""
+    if out is None or job.verb.name != "tune":
         raise ConfigError(
-            f"WORLD_SIZE is {world}: this version works in one process; start it without torchrun or "
-            "accelerate launch, or with one process"
+            f"{job.verb.name} works in one process, and WORLD_SIZE is {world_size()}; only tune spreads over several: "
+            "start this one without torchrun or accelerate launch"
         )
+    final = Path(os.path.realpath(out))
+    if mode == "overwrite" or not is_complete(final, job.key):
+        work = work_folder(final, job.key)
+        load_target(job.verb.execute)(Work(job.config, work, job.inputs, Log(QuietConsole()), leads=False))
+        load_target("honeloom.backends.devices:wait_for_all")()
+    return load_report(final)
 
 
 def space_needed(job: Job) -> int:

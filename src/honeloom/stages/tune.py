@@ -47,6 +47,8 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
     autocast = compute if full and compute is not torch.float32 else None
     trained = train(model, encoded, config, work.dir / "checkpoints", work.log, autocast=autocast)
+    if not work.leads:
+        return Outcome("model" if full else "adapter")
     _save(work, model, compute if full else None)
     write_training_rows(work.dir, rows.take([kept[i] for i in trained.seen]))
     checks = _verify(work, model, encoded)

@@ -21,6 +21,8 @@ ConfigT = TypeVar("ConfigT", bound=VerbConfig)
 class Work(Generic[ConfigT]):
     """A stage's view of the run: where to write, what to read, whom to tell.
 
+    `leads` is false in the further processes of a spread job: they compute and write nothing.
+
     Attributes
     ----------
     config : VerbConfig
@@ -37,6 +39,7 @@ class Work(Generic[ConfigT]):
     inputs: Mapping[str, ResolvedInput]
     log: Log
     resumed: bool = False
+    leads: bool = True
 
     def model(self, place: str = "model") -> Path:
         """Local folder of a model or folder input."""

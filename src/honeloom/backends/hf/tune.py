@@ -21,6 +21,7 @@ from honeloom.errors import ConfigError, HoneloomError, NotFiniteError
 from honeloom.ops.noise import permutation
 from honeloom.runs.atomic import fsync_file, write_json
 from honeloom.runs.log import Log
+from honeloom.runs.processes import local_rank, world_size
 from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
@@ -83,14 +84,19 @@ def total_steps(rows: int, config: TuneConfig) -> int:
     """Optimizer steps of a run over `rows` rows."""
     if config.max_steps is not None:
         return config.max_steps
-    return math.ceil(rows_in_all(rows, config) / (config.batch_size * config.accumulate))
+    return math.ceil(rows_in_all(rows, config) / _rows_per_step(config))
 
 
 def rows_in_all(rows: int, config: TuneConfig) -> int:
     """How many rows are trained on, repeats counted; at least one."""
     if config.max_steps is not None:
-        return config.max_steps * config.batch_size * config.accumulate
+        return config.max_steps * _rows_per_step(config)
     return max(1, round(rows * (config.epochs or 1.0)))
+
+
+def _rows_per_step(config: TuneConfig) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return config.batch_size * config.accumulate * world_size()
 
 
 def row_order(rows: int, wanted: int, seed: int) -> list[int]:
@@ -180,7 +186,7 @@ def _trainer(**parts: Any) -> Trainer:
 def _arguments(
     config: TuneConfig, folder: Path, steps: int, device: torch.device, autocast: torch.dtype | None
 ) -> TrainingArguments:
-    if device.type == "cuda" and device.index not in (None, 0):
+    if device.type == "cuda" and device.index not in (None, local_rank()):
         raise ConfigError(
             f"--device {device}: the trainer uses the first device; set CUDA_VISIBLE_DEVICES={device.index}"
         )
@@ -264,13 +270,15 @@ class _Watcher(TrainerCallback):
             self.fault = f"step {state.global_step}: {bad[0]} is {numbers[bad[0]]}"
             control.should_training_stop = True
             control.should_save = False
-            write_json(
-                self.folder / "diagnosis.json", {"step": state.global_step, **{k: str(v) for k, v in numbers.items()}}
-            )
+            if state.is_world_process_zero:
+                told = {k: str(v) for k, v in numbers.items()}
+                write_json(self.folder / "diagnosis.json", {"step": state.global_step, **told})
         elif "loss" in numbers:
             self.log.event("step", step=state.global_step, **numbers)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         for file in checkpoint.iterdir():
             fsync_file(file)
