@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from honeloom.errors import CheckpointError
+from honeloom.system import copy_file
 
-__all__ = ["copy_config", "copy_tokenizer", "discard", "read_config", "tokenizer_files"]
+__all__ = ["copy_config", "copy_tokenizer", "discard", "read_config", "refuse_quantised", "tokenizer_files"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,7 +38,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer files of a model folder byte for byte; return their names."""
     names = tokenizer_files(source)
     for name in names:
-        _write(target / name, (source / name).read_bytes())
+        copy_file(source / name, target / name)
     return names
 
 
@@ -80,7 +82,7 @@ def copy_config(source: Path, target: Path, **changes: Any) -> None:
     _write(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     generation = source / "generation_config.json"
     if generation.is_file():
-        _write(target / "generation_config.json", generation.read_bytes())
+        copy_file(generation, target / "generation_config.json")
 
 
 def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -106,3 +108,37 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def refuse_quantised(folder: Path, doing: str) -> None:
+    """Raise CheckpointError if a model's weights are quantised: arithmetic on them is not arithmetic on the model.
+
+    Parameters
+    ----------
+    folder : Path
+        Model folder.
+    doing : str
+        What the weights are wanted for ("merge").
+    """
+    config = read_config(folder)
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method", "an unknown method") if isinstance(settings, dict) else settings
+    source = _unquantised(folder, config)
+    raise CheckpointError(
+        f"{folder}: its weights are quantised ({method}), so {doing} would work on rounded codes, not on the model; "
+        + (f"use its source {source}" if source else "use the model that it was quantised from")
+    )
+
+
+def _unquantised(folder: Path, config: dict[str, Any]) -> str | None:
+    """The model that a quantised one says it was made from: by its card, else by its config."""
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(errors="replace")
+        found = re.search(r"^base_model:\s*\n?\s*(?:-\s*)?(\S+)", text, re.MULTILINE)
+        if text.startswith("---") and found:
+            return found[1].strip("'\"")
+    name = config.get("_name_or_path")
+    return str(name) if name else None

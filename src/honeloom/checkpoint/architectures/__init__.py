@@ -11,7 +11,15 @@ from honeloom.checkpoint.architectures import gemma, gpt2, gpt_neox, llama, moe,
 from honeloom.checkpoint.architectures.layout import Architecture
 from honeloom.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "layer_count", "layer_tensors", "output_tensors"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture_of",
+    "layer_count",
+    "layer_tensors",
+    "output_tensors",
+    "tensor_shapes",
+]
 
 ARCHITECTURES: dict[str, Architecture] = {
     layout.model_type: layout
@@ -59,6 +67,46 @@ def architecture_of(config: Mapping[str, Any], tensor_names: Iterable[str] | Non
         f"model type {model_type!r} is not known and does not follow the Llama layout: {reason}; "
         f"known types: {', '.join(ARCHITECTURES)}"
     )
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names on disk and shapes of every parameter of a decoder, from its config alone.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of config.json; of a model that also sees, the text part counts.
+
+    Returns
+    -------
+    dict
+        A tied head is left out. Rotary tables and other buffers do not count.
+
+    Raises
+    ------
+    CheckpointError
+        The family is not listed, or the config lacks a size.
+    """
+    architecture = architecture_of(config)
+    text = config.get("text_config") or config
+    try:
+        hidden, vocabulary = text.get("hidden_size") or text["n_embd"], text["vocab_size"]
+        shapes: dict[str, tuple[int, ...]] = {f"{architecture.embeddings}.weight": (vocabulary, hidden)}
+        if architecture.positions:
+            shapes[f"{architecture.positions}.weight"] = (text["n_positions"], hidden)
+        for layer in range(layer_count(config)):
+            inner = architecture.layer_shapes(text, layer)
+            shapes |= {f"{architecture.disk_layers[0]}.{layer}.{name}": shape for name, shape in inner.items()}
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json has no {error.args[0]!r}, which a {architecture.model_type} needs"
+        ) from None
+    shapes[f"{architecture.final_norm}.weight"] = (hidden,)
+    if architecture.norm_bias:
+        shapes[f"{architecture.final_norm}.bias"] = (hidden,)
+    if not config.get("tie_word_embeddings", architecture.tied):
+        shapes[f"{architecture.disk_head}.weight"] = (vocabulary, hidden)
+    return shapes
 
 
 def layer_count(config: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """GPT-2. The first published files name tensors without "transformer."."""
 
 from honeloom.checkpoint.architectures.layout import Architecture
+from honeloom.checkpoint.architectures.shapes import gpt2_layer
 
 LAYOUTS = (
     Architecture(
@@ -15,5 +16,9 @@ LAYOUTS = (
         embeddings="transformer.wte",
         final_norm="transformer.ln_f",
         disk_layers=("transformer.h", "h"),
+        layer_shapes=gpt2_layer,
+        tied=True,
+        norm_bias=True,
+        positions="transformer.wpe",
     ),
 )

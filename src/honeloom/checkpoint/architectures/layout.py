@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from honeloom.checkpoint.architectures.shapes import Shapes, llama_layer
 
 __all__ = ["Architecture"]
 
@@ -37,6 +41,14 @@ class Architecture:
         Prefixes of the layers' tensors on disk, the usual one first.
     disk_head : str
         Prefix of the head's tensors on disk.
+    layer_shapes : callable
+        (config, layer) -> names within a layer on disk and their shapes.
+    tied : bool
+        Whether head and embedding are one where the config does not say.
+    norm_bias : bool
+        Whether the final norm has a bias.
+    positions : str or None
+        Module path of learned positions.
     """
 
     model_type: str
@@ -53,3 +65,7 @@ class Architecture:
     head: str = "lm_head"
     disk_layers: tuple[str, ...] = ("model.layers",)
     disk_head: str = "lm_head"
+    layer_shapes: Callable[[Mapping[str, Any], int], Shapes] = llama_layer
+    tied: bool = False
+    norm_bias: bool = False
+    positions: str | None = None
