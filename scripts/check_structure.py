@@ -1,4 +1,7 @@
-"""Lengths and cycles: functions at most 60 lines (90th percentile 30), files at most 500, no import cycles."""
+"""Lengths and cycles: functions at most 60 lines (90th percentile 30), files at most 500, no import cycles.
+
+Only `honeloom.system` knows the operating system: no other module imports what one system alone has, or asks its name.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "honeloom"
 MAX_FUNCTION, P90_FUNCTION, MAX_FILE = 60, 30, 500
+PLATFORM_MODULES = {"fcntl", "msvcrt", "resource", "winreg", "pwd", "grp", "termios"}
+PLATFORM_NAMES = {("os", "name"), ("os", "uname"), ("sys", "platform"), ("platform", "system")}
 
 
 def function_lengths(tree: ast.Module) -> list[tuple[int, str, int]]:
@@ -32,6 +37,21 @@ def imports(tree: ast.Module, modules: set[str]) -> set[str]:
             names = {f"{node.module}.{a.name}" for a in node.names}
             found |= names if names & modules else {node.module}
     return found & modules
+
+
+def platform_uses(tree: ast.Module) -> list[tuple[int, str]]:
+    """(line, what) of everything that belongs in `honeloom.system`, wherever it stands in the module."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, a.name) for a in node.names if a.name in PLATFORM_MODULES]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = [f"{node.module}.{a.name}" for a in node.names if (node.module, a.name) in PLATFORM_NAMES]
+            found += [(node.lineno, n) for n in [node.module] * (node.module in PLATFORM_MODULES) + named]
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            found += [(node.lineno, f"{owner}.{node.attr}")] * ((owner, node.attr) in PLATFORM_NAMES)
+    return found
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -70,6 +90,10 @@ def main() -> int:
             lengths.append(length)
             if length > MAX_FUNCTION:
                 problems.append(f"{path}:{line} {function}: {length} lines, at most {MAX_FUNCTION}")
+        if name != "honeloom.system":
+            problems += [
+                f"{path}:{line} {what}: belongs in honeloom.system" for line, what in platform_uses(trees[name])
+            ]
     p90 = sorted(lengths)[int(len(lengths) * 0.9)]
     if p90 > P90_FUNCTION:
         problems.append(f"90th percentile of function length is {p90}, at most {P90_FUNCTION}")

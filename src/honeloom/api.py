@@ -1,14 +1,17 @@
 """The verbs as Python functions: same names and settings as the commands.
 
 Every writing verb also takes `overwrite` and `resume` (or `mode`, "new" by default), `set` (a
-list of "a.b=c") and `console`.
+list of "a.b=c") and `console` (silent by default; in a notebook, messages and progress); `tune`,
+`merge` and `drop` also take `push_to_hub`: "org/name", where the verified result goes, into a
+private repository unless one is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from honeloom.config.base import VerbConfig, validate
 from honeloom.config.load import apply_overrides, load_yaml
@@ -17,12 +20,16 @@ from honeloom.errors import ConfigError
 from honeloom.flags import place_flags
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
+from honeloom.runs.notebook import notebook_console
 from honeloom.runs.output import Mode, is_complete, locate
+from honeloom.runs.processes import rank
 from honeloom.stages.inputs import Resolver, resolve_model
 from honeloom.stages.pipeline import plan_recipe, run_recipe
+from honeloom.stages.publish import check_push, push_result
 from honeloom.stages.runner import prepare, run_job
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Report
+from honeloom.types.views import PlanList
 from honeloom.verbs import VERBS
 
 __all__ = ["drop", "evaluate", "load_model", "merge", "plan", "run", "select", "tune"]
@@ -69,7 +76,8 @@ def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: Pa
         Where the adapter (or model) goes.
     **options
         Flags of `honeloom tune` (rank, epochs, ...) and settings of
-        `honeloom.tuning.config.TuneConfig`, and `overwrite`, `resume`, `set` and `console`.
+        `honeloom.tuning.config.TuneConfig`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
 
     Raises
     ------
@@ -91,7 +99,8 @@ def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: An
     output_dir : path
         Where the merged model goes.
     **options
-        Settings that replace those of `config`, and `overwrite`, `resume`, `set` and `console`.
+        Settings that replace those of `config`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
 
     Raises
     ------
@@ -113,7 +122,8 @@ def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
         Where the model, `drop_plan.json` and `scores.json` go.
     **options
         Settings of `honeloom.dropping.config.DropConfig` (attention, mlp, block,
-        calibration, ...), and `overwrite`, `resume`, `set` and `console`.
+        calibration, ...), and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
     """
     return _run_verb("drop", output_dir, {"model": str(model), **options})
 
@@ -164,7 +174,9 @@ def run(
     """
     path = Path(recipe)
     mode = _choose_mode(mode, overwrite, resume)
-    return run_recipe(_read_recipe(path, set, seed), Path(output_dir), mode=mode, reads=[path], console=console)
+    return run_recipe(
+        _read_recipe(path, set, seed), Path(output_dir), mode=mode, reads=[path], console=console or notebook_console()
+    )
 
 
 def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> list[StagePlan]:
@@ -181,15 +193,23 @@ def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> l
     """
     if verb == "run":
         recipe = _read_recipe(Path(settings["recipe"]), settings.get("set", ()), settings.get("seed"))
-        return plan_recipe(recipe, Path(output_dir or "run"))
+        return PlanList(plan_recipe(recipe, Path(output_dir or "run")))
     _take_mode(settings)
     settings.pop("console", None)
+    repository = _take_repository(verb, settings)
     job = prepare(verb, _read_settings(verb, settings), Resolver(fetch=False))
     done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
-    return [job.plan(verb, "reuse" if done else "run")]
+    return PlanList([replace(job.plan(verb, "reuse" if done else "run"), push_to_hub=repository)])
 
 
-def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_model(
+    model: PathLike,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    load_in: Literal["4bit", "8bit"] | None = None,
+    attn: Literal["sdpa", "flash", "eager"] | None = None,
+) -> Any:
     """Open any model or adapter folder that honeloom wrote, or any Hugging Face model.
 
     Returns
@@ -198,19 +218,30 @@ def load_model(model: PathLike, *, device: str = "auto", dtype: str = "auto") ->
         In evaluation mode. Safetensors only; code in repositories is never run.
     """
     found = resolve_model(str(model))
-    return load_target("honeloom.backends.hf.load:load_model")(
-        found.paths[0], base=found.base, device=device, dtype=dtype
-    )
+    loading = load_target("honeloom.backends.hf.load:Loading")(device, dtype, load_in, attn, spread=True)
+    return load_target("honeloom.backends.hf.load:load_model")(found.paths[0], base=found.base, loading=loading)
 
 
 def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()) -> Report:
     """Validate settings (None means the default), find the inputs, run."""
     mode = _take_mode(options)
-    console: Console | None = options.pop("console", None)
+    console: Console | None = options.pop("console", None) or notebook_console()
     if output_dir is None and verb != "evaluate":
         raise ConfigError(f"{verb} writes its result: give an output folder (--output-dir OUT)")
-    job = prepare(verb, _read_settings(verb, options), Resolver())
-    return run_job(job, Path(output_dir) if output_dir else None, mode=mode, reads=reads, console=console)
+    repository = _take_repository(verb, options)
+    settings = _read_settings(verb, options)
+    if repository is not None and rank() == 0:
+        check_push(repository)
+    job = prepare(verb, settings, Resolver())
+    report = run_job(job, Path(output_dir) if output_dir else None, mode=mode, reads=reads, console=console)
+    if repository is not None and output_dir is not None and rank() == 0:
+        push_result(locate(Path(output_dir)), repository, console)
+    return report
+
+
+def _take_repository(verb: str, options: dict[str, Any]) -> str | None:
+    """Where the result is pushed to: no setting of the verb, and only of verbs that make a model."""
+    return options.pop("push_to_hub", None) if verb in ("tune", "merge", "drop") else None
 
 
 def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:

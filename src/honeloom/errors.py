@@ -12,8 +12,10 @@
     │   ├── IncompatibleModelsError            models that cannot be combined
     │   ├── TemplateError                      a chat template is unsafe or trains no turn end
     │   └── OutputExistsError                  the output folder holds something else
+    ├── HubError                      exit 1   the hub kept failing; the same command goes on
     ├── LockedError                   exit 1   another process writes the same output
     ├── NotFiniteError                exit 1   a loss, gradient or tensor is NaN or infinite
+    ├── OutOfMemoryError              exit 1   a device or the host has not enough memory
     ├── OutOfSpaceError               exit 1   not enough room on the disk
     └── VerificationError             exit 3   a result is not what it claims
 
@@ -26,12 +28,14 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "HoneloomError",
+    "HubError",
     "IncompatibleModelsError",
     "InputError",
     "LockedError",
     "MissingExtraError",
     "NotCachedError",
     "NotFiniteError",
+    "OutOfMemoryError",
     "OutOfSpaceError",
     "OutputExistsError",
     "RowsError",
@@ -94,12 +98,20 @@ class OutputExistsError(InputError):
     """The output folder exists and holds something other than the same result."""
 
 
+class HubError(HoneloomError):
+    """The hub kept failing while it sent or took files; the same command goes on where it stopped."""
+
+
 class LockedError(HoneloomError):
     """Another process writes the same output."""
 
 
 class NotFiniteError(HoneloomError):
     """A loss, gradient or tensor is NaN or infinite."""
+
+
+class OutOfMemoryError(HoneloomError):
+    """A device or the host has not enough memory; the message names what was needed, what is free, and what helps."""
 
 
 class OutOfSpaceError(HoneloomError):

@@ -142,7 +142,7 @@ def test_mistakes_are_named(steps, old, new, message):
 @pytest.mark.parametrize(
     ("cls", "data", "message"),
     [
-        (SelectConfig, {"rows": "a", "nothing_like_it": 1}, "unknown key 'nothing_like_it' (known: batch_size, "),
+        (SelectConfig, {"rows": "a", "nothing_like_it": 1}, "unknown key 'nothing_like_it' (known: attn, batch_size, "),
         (SelectConfig, {}, "missing key 'rows'"),
         (SelectConfig, {"rows": "a", "split": "0.8-0.2"}, "a split is START-STOP"),
         (SelectConfig, {"rows": "a", "keep": "10 percent"}, "use a share like 10%"),

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from honeloom.errors import ConfigError
+from honeloom.errors import ConfigError, OutOfMemoryError
 from honeloom.runs.processes import local_rank
+from honeloom.system import available_memory
 
-__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices", "wait_for_all"]
+__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices", "free_memory", "memory_guard", "wait_for_all"]
+
+# What torch says: "Tried to allocate 2.00 GiB" on a GPU, "you tried to allocate 123 bytes" on the host.
+_WANTED = re.compile(r"ried to allocate ([\d.]+) (\w+)")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,6 +46,40 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on a device could get now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
+@contextmanager
+def memory_guard(device: torch.device, doing: str, advice: Sequence[str]) -> Iterator[None]:
+    """Turn running out of memory into an error that says what was needed, what was free, and which flags help.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the work is done.
+    doing : str
+        The work, for the message ("training").
+    advice : sequence of str
+        Flags that would lower the need, the best first; three are told.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        wanted = _WANTED.search(str(error))
+        if type(error) is RuntimeError and not (wanted and "memory" in str(error)):
+            raise
+        amount = f"{wanted[1]} {wanted[2]}" if wanted else "more"
+        free = free_memory(device)
+        raise OutOfMemoryError(
+            f"out of memory while {doing} on {device}: {amount} more were needed and {free / 2**30:.2f} GiB are free; "
+            f"try {', or '.join(advice[:3])}"
+        ) from None
 
 
 def wait_for_all() -> None:

@@ -1,12 +1,21 @@
-"""Models and datasets from the Hugging Face hub: safetensors and rows only, at a resolved commit."""
+"""Models and datasets from the Hugging Face hub, safetensors and rows only, at a resolved commit; results to it.
+
+`huggingface_hub` names each download by the commit that a revision stands for at its start, resumes a
+file whose connection breaks, and keeps every complete file. Added here: a time limit, further
+attempts where it gives up, and messages that say what to do.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,9 +25,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from honeloom.errors import NotCachedError, SourceError
+from honeloom.errors import ConfigError, HubError, NotCachedError, SourceError
+from honeloom.runs.redact import redact
 
-__all__ = ["fetch_dataset", "fetch_model"]
+__all__ = ["check_push", "fetch_dataset", "fetch_model", "push"]
 
 MODEL_PATTERNS = [
     "*.safetensors",
@@ -33,6 +43,30 @@ ROW_PATTERNS = [
     f"*{ending}{packed}" for ending in (".jsonl", ".json", ".csv", ".tsv") for packed in ("", ".gz", ".zst")
 ]
 ROW_PATTERNS += ["*.parquet", "*.arrow"]
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds before each further attempt."""
+ANSWER_SECONDS = 10.0
+"""How long the hub may take to answer the first question."""
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# huggingface_hub 1 builds on httpx and 2 on httpx2; the names of their exceptions are the same.
+_http: Any = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
+_UNREACHABLE = (_http.ConnectError, _http.ConnectTimeout, _http.ProxyError)
+
+T = TypeVar("T")
+
+
+class _WithoutSecrets(logging.Filter):
+    """Takes tokens and the queries of signed addresses out of what huggingface_hub logs while it tries again."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(re.sub(r"\?[^\s'\"]+", "?[...]", record.getMessage())), ()
+        return True
+
+
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(_WithoutSecrets())
 
 
 def fetch_model(name: str, *, fetch: bool = True) -> tuple[Path, str]:
@@ -51,6 +85,8 @@ def fetch_model(name: str, *, fetch: bool = True) -> tuple[Path, str]:
         Not in the cache and `fetch` is false.
     SourceError
         Not found, gated, offline, or without safetensors; the message names repository and file.
+    HubError
+        The hub kept failing while it answered.
     """
     path = _snapshot(name, "model", MODEL_PATTERNS, fetch, "config.json")
     if not any(path.glob("*.safetensors")):
@@ -66,35 +102,213 @@ def fetch_dataset(name: str, *, fetch: bool = True) -> tuple[Path, str]:
 
 def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: str) -> Path:
     repository, _, revision = name.partition("@")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     arguments: dict[str, Any] = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
     try:
-        if not fetch or offline:
-            path = Path(snapshot_download(repository, local_files_only=True, **arguments))
-            if not any(path.rglob("*")):
-                raise LocalEntryNotFoundError("empty snapshot")
-            return path
-        return Path(snapshot_download(repository, etag_timeout=5, **arguments))
+        if not fetch or constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision):
+            found = _cached(repository, arguments)
+            if found is not None:
+                return found
+        if fetch and not constants.HF_HUB_OFFLINE:
+            return _repeated(lambda: _download(repository, revision, arguments))
     except HFValidationError as error:
         raise SourceError(f"{kind} {name!r}: neither a folder nor a hub id (org/name[@revision]): {error}") from None
-    except GatedRepoError:
+    except _UNREACHABLE:
+        if (found := _cached(repository, arguments)) is not None:
+            return found
+    except (HfHubHTTPError, _http.TransportError, LocalEntryNotFoundError) as error:
+        if _passes(error) and (found := _cached(repository, arguments)) is not None:
+            return found
+        raise _explain(error, kind, name) from None
+    except OSError as error:
         raise SourceError(
-            f"{kind} {name} is gated: accept its terms at https://huggingface.co/{repository} and set HF_TOKEN"
+            f"{kind} {name}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror or error}; "
+            "HF_HOME chooses another folder"
         ) from None
-    except RevisionNotFoundError:
-        raise SourceError(f"{kind} {repository}: no revision {revision!r} on the hub") from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{kind} {name}: no such local folder, and no such repository on the hub (a private one needs HF_TOKEN)"
-        ) from None
+    if not fetch:
+        raise NotCachedError(f"{kind} {name} is not in the cache")
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub at {constants.ENDPOINT} cannot be reached"
+    raise SourceError(
+        f"{kind} {name}: {sought} is not in the local cache and {why}; download it once online, or give a folder"
+    )
+
+
+def _cached(repository: str, arguments: dict[str, Any]) -> Path | None:
+    """The complete snapshot in the cache, or None."""
+    try:
+        path = Path(snapshot_download(repository, local_files_only=True, **arguments))
     except LocalEntryNotFoundError:
-        if not fetch:
-            raise NotCachedError(f"{kind} {name} is not in the cache") from None
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise SourceError(
-            f"{kind} {name}: {sought} is not in the local cache and {why}; download it once online, or give a folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise SourceError(
-            f"{kind} {name}: the hub answered {error}; the download resumes when you run it again"
-        ) from None
+        return None
+    return path if any(path.rglob("*")) else None
+
+
+def _download(repository: str, revision: str, arguments: dict[str, Any]) -> Path:
+    """Ask with a time limit, which `snapshot_download` knows only for files, then download."""
+    HfApi().repo_info(repository, repo_type=arguments["repo_type"], revision=revision or None, timeout=ANSWER_SECONDS)
+    return Path(snapshot_download(repository, etag_timeout=ANSWER_SECONDS, **arguments))
+
+
+def _repeated(call: Callable[[], T]) -> T:
+    """Call, and again after each of WAITS while the hub is busy or the connection breaks."""
+    for seconds in WAITS:
+        try:
+            return call()
+        except (HfHubHTTPError, _http.TransportError, LocalEntryNotFoundError, OSError) as error:
+            if not _passes(error):
+                raise
+            time.sleep(max(seconds, _asked_to_wait(error)))
+    return call()
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a second attempt may go better: the hub is busy, or a transfer broke off."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _BUSY
+    if isinstance(error, LocalEntryNotFoundError):  # huggingface_hub's word for a failure on the way to a file
+        return error.__cause__ is not None and _passes(error.__cause__)
+    if isinstance(error, _http.TransportError):
+        return not isinstance(error, _UNREACHABLE)
+    return "Consistency check failed" in str(error)  # fewer bytes came than were announced
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    """Seconds of the hub's Retry-After, at most a minute."""
+    response = getattr(error if isinstance(error, HfHubHTTPError) else error.__cause__, "response", None)
+    value = response.headers.get("retry-after", "") if response is not None else ""
+    return min(60.0, float(value)) if value.isdigit() else 0.0
+
+
+def _explain(error: Exception, kind: str, name: str) -> Exception:
+    """What the person can do; the library's own text may hold a signed address, so none of it is passed on."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    repository, _, revision = name.partition("@")
+    if isinstance(error, RevisionNotFoundError):
+        return SourceError(f"{kind} {repository}: no revision {revision!r} on the hub; see {_page(repository, kind)}")
+    if not isinstance(error, HfHubHTTPError):
+        return HubError(
+            f"{kind} {name}: the connection to {constants.ENDPOINT} broke off ({type(error).__name__}), "
+            f"{len(WAITS) + 1} times in a row; run the same command again: complete files are kept"
+        )
+    if reason := _refusal(error, _page(repository, kind)):
+        return SourceError(f"{kind} {name}: {reason}")
+    if isinstance(error, RepositoryNotFoundError) or error.response.status_code == 404:
+        return SourceError(
+            f"{kind} {name}: no such local folder, and no such repository at {_page(repository, kind)} "
+            "(a private one needs an HF_TOKEN that may read it)"
+        )
+    return HubError(
+        f"{kind} {name}: {constants.ENDPOINT} answered {error.response.status_code}, {len(WAITS) + 1} times in a row; "
+        "run the same command again later: complete files are kept"
+    )
+
+
+def _refusal(error: HfHubHTTPError, page: str) -> str | None:
+    """Why the hub does not let this person in, and the page to open; None where it is something else."""
+    status, tokens = error.response.status_code, f"{constants.ENDPOINT}/settings/tokens"
+    if status == 401 and get_token():
+        return f"the hub does not know the token of HF_TOKEN or `hf auth login` (401); make a new one at {tokens}"
+    if status == 401 and isinstance(error, GatedRepoError):
+        return f"gated, and no token says who asks (401); accept its terms at {page}, then set HF_TOKEN from {tokens}"
+    if status == 401:
+        return f"no such local folder, and nothing public at {page} (401); for a private one set HF_TOKEN from {tokens}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"gated, and this account may not read it yet ({status}); open {page} and accept its terms; a fine-grained "
+            f"token also needs the permission to read gated repositories, see {tokens}"
+        )
+    if status == 403:
+        return f"the token lacks a permission that this needs (403); see {page}, and the token's scope at {tokens}"
+    return None
+
+
+def _page(repository: str, kind: str = "model") -> str:
+    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+
+
+def check_push(repository: str) -> None:
+    """Make sure, before any work, that a result can be pushed to a model repository.
+
+    Parameters
+    ----------
+    repository : str
+        `org/name`; it need not exist yet.
+
+    Raises
+    ------
+    ConfigError
+        Not of that form, offline, no token, or a token that cannot write there.
+    SourceError
+        The hub cannot be reached.
+    """
+    what, tokens = f"--push-to-hub {repository}", f"{constants.ENDPOINT}/settings/tokens"
+    later = "leave the flag out, and push the finished result later by the same command with --resume and it"
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"--push-to-hub {repository!r}: give a repository as org/name, without a revision")
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{what}: HF_HUB_OFFLINE is set; {later}")
+    if not get_token():
+        raise ConfigError(f"{what}: there is no token; set HF_TOKEN to one that may write, from {tokens}")
+    try:
+        _repeated(lambda: _exists(repository))
+        account = _repeated(HfApi().whoami)
+    except _http.TransportError:
+        raise SourceError(f"{what}: the hub at {constants.ENDPOINT} cannot be reached; {later}") from None
+    except HfHubHTTPError as error:
+        reason = _refusal(error, _page(repository)) or f"the hub answered {error.response.status_code}; {later}"
+        raise ConfigError(f"{what}: {reason}") from None
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ConfigError(f"{what}: the token may only read; make one that may write at {tokens}")
+    names = [account["name"], *(o["name"] for o in account.get("orgs", []))]
+    if repository.split("/")[0] not in names:
+        raise ConfigError(f"{what}: this token's account writes to {', '.join(names)}; take one of them before the /")
+
+
+def _exists(repository: str) -> bool:
+    try:
+        HfApi().repo_info(repository, timeout=ANSWER_SECONDS)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 404:
+            return False
+        raise
+    return True
+
+
+def push(repository: str, files: Sequence[tuple[str, Path | bytes]], message: str) -> str:
+    """Upload files to a model repository in one commit; a new repository is private.
+
+    Files that are there already stay unless one of the same name comes.
+
+    Parameters
+    ----------
+    repository : str
+        `org/name`.
+    files : sequence of (name, path or content)
+        What to upload.
+    message : str
+        Of the commit.
+
+    Returns
+    -------
+    str
+        The commit's page.
+
+    Raises
+    ------
+    HubError
+        The upload failed; the repository is as it was before.
+    """
+    api = HfApi()
+
+    def upload() -> str:
+        api.create_repo(repository, private=True, exist_ok=True)
+        added = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files]
+        return str(api.create_commit(repository, added, commit_message=message).commit_url)
+
+    try:
+        return _repeated(upload)
+    except HfHubHTTPError as error:
+        reason = _refusal(error, _page(repository)) or f"the hub answered {error.response.status_code}"
+    except (_http.TransportError, OSError, RuntimeError, ValueError) as error:
+        reason = f"the upload broke off ({type(error).__name__})"
+    raise HubError(f"{repository}: not pushed: {reason}")

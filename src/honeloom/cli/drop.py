@@ -34,10 +34,12 @@ def drop(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    attn: o.Attn = None,
     set_: o.Set = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,
     resume: o.Resume = False,
+    push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
 ) -> None:
@@ -49,7 +51,7 @@ def drop(
         "model": model, "attention": attention, "mlp": mlp, "block": block, "calibration": calibration,
         "metric": metric, "profile": profile, "samples": samples, "limit": limit,
         "split": split, "strict": strict, "max_bad": max_bad, "batch_size": batch_size,
-        "max_length": max_length, "seed": seed, "device": device, "dtype": dtype,
+        "max_length": max_length, "seed": seed, "device": device, "dtype": dtype, "attn": attn,
     }  # fmt: skip
     run_verb("drop", honeloom.drop, settings("drop", given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip

@@ -35,6 +35,8 @@ def evaluate(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    load_in: o.LoadIn = None,
+    attn: o.Attn = None,
     strict: o.Strict = False,
     max_bad: o.MaxBad = None,
     set_: o.Set = None,
@@ -52,6 +54,7 @@ def evaluate(
         "model": model, "rows": rows, "tasks": [t for item in tasks or [] for t in item.split(",")],
         "task_path": task_path, "against": against, "train_rows": train_rows, "limit": limit, "split": split,
         "batch_size": batch_size, "max_length": max_length, "seed": seed, "device": device, "dtype": dtype,
+        "load_in": load_in, "attn": attn,
         "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
     run_verb("evaluate", honeloom.evaluate, settings("evaluate", given, set_), out=output_dir, overwrite=overwrite,

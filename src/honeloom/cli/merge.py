@@ -25,6 +25,7 @@ def merge(
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,
     resume: o.Resume = False,
+    push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
 ) -> None:
@@ -41,4 +42,4 @@ def merge(
         return honeloom.merge(config, output_dir=output_dir, **options)  # type: ignore[arg-type]
 
     run_verb("merge", call, given, out=choose_out(out, output_dir), overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run)  # fmt: skip
+             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "MaxBad", "MaxLength", "OutArgument", "OutputDir",
-    "Overwrite", "Resume", "Seed", "Set", "Split",
-    "Strict",
+    "Attn", "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength",
+    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "Split", "Strict",
 ]  # fmt: skip
 
 OutArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder for the result (or --output-dir).")]
@@ -21,11 +20,21 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what OUT h
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from an earlier honeloom result in OUT: reuse what matches.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the verified result to org/name; a new one is private."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; load no weights, write nothing.")]
 Seed = Annotated[int, typer.Option("--seed", help="Every random choice follows from it.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the loaded weights.")]
+LoadIn = Annotated[
+    str | None, typer.Option("--load-in", metavar="4bit|8bit", help="Quantise the loaded weights (extra quant).")
+]
+Attn = Annotated[
+    str | None, typer.Option("--attn", metavar="sdpa|flash|eager", help="Attention kernel [the model's own choice].")
+]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set any key of the settings (repeatable).")

@@ -26,6 +26,8 @@ def select(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    load_in: o.LoadIn = None,
+    attn: o.Attn = None,
     batch_size: o.BatchSize = None,
     max_length: o.MaxLength = None,
     strict: o.Strict = False,
@@ -43,7 +45,8 @@ def select(
     """
     given = {
         "rows": rows, "method": method, "model": model, "keep": keep, "near_duplicates": near_duplicates,
-        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "batch_size": batch_size,
+        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype,
+        "load_in": load_in, "attn": attn, "batch_size": batch_size,
         "max_length": max_length, "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
     run_verb("select", honeloom.select, settings("select", given, set_), out=output_dir, overwrite=overwrite,

@@ -63,6 +63,7 @@ def run_verb(
     resume: bool,
     as_json: bool,
     dry_run: bool,
+    push_to_hub: str | None = None,
 ) -> None:
     """Plan or run a verb and print the result as the contract says.
 
@@ -76,10 +77,14 @@ def run_verb(
         Its settings.
     out : Path or None
         The output folder.
+    push_to_hub : str or None
+        Repository that the result goes to; only for verbs whose function takes it.
     """
     console = terminal(as_json)
     if verb in VERBS:  # before a key such as "resume" meets a parameter of that name
         load_target("honeloom.config.base:validate")(load_target(VERBS[verb].config), options, what=verb)
+    if push_to_hub is not None:
+        options = {**options, "push_to_hub": push_to_hub}
     if dry_run:
         plans = honeloom.plan(verb, output_dir=out, **options)
         print_plans(plans, console, as_json)

@@ -94,6 +94,9 @@ class Terminal:
                 )
             )
         self.out.print(table)
+        for plan in plans:
+            if plan.push_to_hub:
+                self.say(f"then pushed to {plan.push_to_hub} on the hub; a new repository is private")
 
 
 def evaluation_columns(report: Report) -> tuple[str, dict[str, dict[str, Metric]]]:

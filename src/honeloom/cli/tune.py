@@ -21,18 +21,35 @@ def tune(
     lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate [2e-4 lora, 2e-5 full].")] = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="LoRA rank [8].")] = None,
     batch_size: o.BatchSize = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", metavar="N", help="Forward passes per optimizer step [1].")
+    ] = None,
     max_length: o.MaxLength = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Lay rows end to end instead of padding them.")] = False,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Batch rows of similar length: less padding, another order.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about 30% slower.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", metavar="TRACKER", help="trackio, wandb, mlflow or tensorboard (repeatable)."),
+    ] = None,
     limit: o.Limit = None,
     split: o.Split = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    load_in: o.LoadIn = None,
+    attn: o.Attn = None,
     strict: o.Strict = False,
     max_bad: o.MaxBad = None,
     set_: o.Set = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,
     resume: o.Resume = False,
+    push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
 ) -> None:
@@ -43,8 +60,11 @@ def tune(
     given = {
         "model": model, "rows": rows, "method": method, "rank": rank, "optimizer": optimizer,
         "max_steps": max_steps, "epochs": epochs, "lr": lr, "batch_size": batch_size, "max_length": max_length,
-        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype, "strict": strict,
+        "accumulate": accumulate, "packing": packing, "group_by_length": group_by_length,
+        "gradient_checkpointing": gradient_checkpointing, "report_to": report_to,
+        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype,
+        "load_in": load_in, "attn": attn, "strict": strict,
         "max_bad": max_bad,
     }  # fmt: skip
     run_verb("tune", honeloom.tune, settings("tune", given, set_), out=output_dir, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run)  # fmt: skip
+             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip

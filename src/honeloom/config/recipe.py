@@ -14,11 +14,12 @@ from honeloom.config.base import Config, VerbConfig, validate
 from honeloom.config.load import apply_overrides, load_yaml
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target, suggest
+from honeloom.system import unportable
 from honeloom.verbs import VERBS
 
 __all__ = ["Recipe", "Step", "load_recipe", "recipe_schema", "resolve_steps"]
 
-_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 Scalar = str | int | float | bool | None
 
 
@@ -40,14 +41,23 @@ class Recipe(Config):
     @classmethod
     def _one_verb_each(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, body in stages.items():
-            if not _NAME.match(name):
+            if not _NAME.fullmatch(name):
                 raise ValueError(f"stage name {name!r}: use letters, digits, '-' and '_', starting with a letter")
+            if reason := unportable(name):
+                raise ValueError(f"stage name {name!r}: {reason}, and a recipe runs everywhere; take another name")
             if len(body) != 1:
                 raise ValueError(f"stage {name!r} must hold exactly one verb, found {list(body) or 'none'}")
             verb = next(iter(body))
             if verb not in VERBS:
                 raise ValueError(
                     f"stage {name!r}: unknown verb {verb!r}{suggest(verb, VERBS)} (known: {', '.join(VERBS)})"
+                )
+        lowered = [name.lower() for name in stages]
+        for name in stages:
+            if lowered.count(name.lower()) > 1:
+                raise ValueError(
+                    f"stage name {name!r}: another stage's name differs only in upper and lower case, which Windows "
+                    "and macOS do not tell apart; rename one of them"
                 )
         return stages
 

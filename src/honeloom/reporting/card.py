@@ -10,10 +10,14 @@ from typing import Any, Protocol
 from honeloom import __version__
 from honeloom.config.load import dump_yaml
 from honeloom.reporting.page import environment
+from honeloom.reporting.panels.metrics import metrics_table
+from honeloom.reporting.parts import overall_verdict, read_parts
+from honeloom.reporting.run_panels import headline_panel
+from honeloom.reporting.text import clip
 from honeloom.runs.atomic import write_bytes
 from honeloom.types.report import Report
 
-__all__ = ["CardInput", "write_card"]
+__all__ = ["CardInput", "cell", "write_card"]
 
 
 class CardInput(Protocol):
@@ -41,14 +45,17 @@ def write_card(folder: Path, report: Report, inputs: Sequence[CardInput], relati
         adapter, finetune, merge or quantized, for a model: the hub builds its model tree from it.
     """
     env = environment()
-    env.filters["cell"] = _cell
+    env.filters["cell"] = cell
+    parts = read_parts(folder, report)
     text = env.get_template("card.md").render(
         front=dump_yaml(_front_matter(report, inputs, relation)),
         title=f"{Path(report.out or '').name} ({report.verb})",
+        verdict=overall_verdict(report, parts),
+        scores=headline_panel([(p.title, p.report) for p in parts]) if report.verb == "run" else metrics_table(report),
         report=report,
         version=__version__,
         artefact=report.artefact,
-        inputs=inputs,
+        inputs=[(i.place, _shown(i), i.fingerprint[:16]) for i in inputs],
     )
     write_bytes(folder / "README.md", text.encode())
 
@@ -68,9 +75,14 @@ def _front_matter(report: Report, inputs: Sequence[CardInput], relation: str | N
     return front
 
 
-def _cell(value: Any) -> str:
-    """Text for a Markdown table: no markup, no line breaks, no cell ends."""
-    text = html.escape(str(value), quote=False)
-    for mark in "\\`*_[]|":
+def _shown(found: CardInput) -> str:
+    """A hub id or a lab name as it is; of a path only the end, for the card may be published."""
+    return found.value if found.revision or found.value.startswith("lab:") else Path(found.value).name
+
+
+def cell(value: Any) -> str:
+    """Text for Markdown: no markup, no line breaks, no cell ends."""
+    text = html.escape(clip(value, 600), quote=False)
+    for mark in "\\`*_[]|~$#":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from honeloom import system
 from honeloom.errors import OutOfSpaceError
 
 __all__ = [
@@ -54,15 +55,13 @@ def fsync_file(path: Path) -> None:
 
 def fsync_dir(path: Path) -> None:
     """Flush a folder's entries to the disk, where the platform can."""
-    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled by NTFS
-        return
-    fsync_file(path)
+    system.sync_folder(path)
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename within one folder and flush that folder."""
     commit_point(f"rename {target.name}")
-    os.replace(source, target)
+    system.replace(source, target)
     fsync_dir(target.parent)
 
 

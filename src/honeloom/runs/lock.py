@@ -11,18 +11,7 @@ from pathlib import Path
 
 from honeloom.errors import LockedError
 from honeloom.runs.atomic import commit_point
-
-if os.name == "nt":
-    import msvcrt
-
-    def _try_lock(fd: int) -> None:
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-else:
-    import fcntl
-
-    def _try_lock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
+from honeloom.system import drop_lock, try_lock
 
 __all__ = ["writer_lock"]
 
@@ -40,21 +29,22 @@ def writer_lock(out: Path) -> Iterator[None]:
     fd = _acquire(path, out)
     try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
         commit_point(f"unlock {out.name}")
     finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        drop_lock(fd, path)
 
 
 def _acquire(path: Path, out: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _try_lock(fd)
+            try_lock(fd)
         except OSError:
-            holder = os.pread(fd, 4096, 0).decode(errors="replace") or "an unnamed process"
+            os.lseek(fd, 0, os.SEEK_SET)
+            holder = os.read(fd, 4096).decode(errors="replace") or "an unnamed process"
             os.close(fd)
             raise LockedError(
                 f"{out} is being written by {holder}; wait for it to end or choose another --output-dir"

@@ -17,15 +17,17 @@ from typing import Any
 
 from honeloom.errors import SourceError
 from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_bytes
+from honeloom.system import available_memory, forget_pages
 
 __all__ = [
-    "MANIFEST", "Problem", "find_damage", "load_manifest", "refresh_manifest", "sha256_file", "verify_folder",
-    "write_manifest",
+    "MANIFEST", "Problem", "find_damage", "load_manifest", "refresh_manifest", "render_manifest", "sha256_file",
+    "verify_folder", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SCHEMA = "honeloom.manifest/1"
 _UNLISTED = "not in the manifest"
+_LARGE, _PIECE = 1 << 30, 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,21 @@ class Problem:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Hex SHA-256 of a file's content.
+
+    A file that would push everything else out of the page cache leaves it again while it is read;
+    a smaller one stays there, as it is usually loaded next.
+    """
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        if size < _LARGE or size < available_memory() // 2:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, done = hashlib.sha256(), 0
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            forget_pages(file.fileno(), done, len(piece))
+            done += len(piece)
+        return digest.hexdigest()
 
 
 def write_manifest(folder: Path, key: str, verb: str) -> None:
@@ -66,7 +80,7 @@ def write_manifest(folder: Path, key: str, verb: str) -> None:
         files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     for parent, _, _ in os.walk(folder):
         fsync_dir(Path(parent))
-    write_bytes(folder / MANIFEST, _render({"schema": SCHEMA, "verb": verb, "key": key, "files": files}))
+    write_bytes(folder / MANIFEST, render_manifest({"schema": SCHEMA, "verb": verb, "key": key, "files": files}))
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:
@@ -74,7 +88,7 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         raw = (folder / MANIFEST).read_bytes()
         document = json.loads(raw)
-        sound = document["schema"] == SCHEMA and raw == _render(document)
+        sound = document["schema"] == SCHEMA and raw == render_manifest(document)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
     return dict(document) if sound else None
@@ -135,7 +149,7 @@ def _check(
     return Problem(name, fault) if fault else None
 
 
-def _render(document: dict[str, Any]) -> bytes:
+def render_manifest(document: dict[str, Any]) -> bytes:
     """The manifest's bytes: its content, then the checksum over it."""
     content = {key: document[key] for key in ("schema", "verb", "key", "files")}
     checksum = hashlib.sha256(canonical_json(content).encode()).hexdigest()
@@ -159,4 +173,4 @@ def refresh_manifest(folder: Path, names: list[str]) -> None:
         fsync_file(path)
         manifest["files"][name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     manifest["files"] = dict(sorted(manifest["files"].items()))
-    write_bytes(folder / MANIFEST, _render(manifest))
+    write_bytes(folder / MANIFEST, render_manifest(manifest))

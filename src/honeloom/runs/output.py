@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from honeloom import system
 from honeloom.errors import ConfigError, InputError, OutOfSpaceError, OutputExistsError
 from honeloom.runs.atomic import commit_point, fsync_dir, remove_temporaries, rename
 from honeloom.runs.lock import writer_lock
@@ -139,10 +140,14 @@ def locate(out: Path) -> Path:
     Raises
     ------
     ConfigError
-        A control character in the name, or the root of the file system.
+        A control character in the name, the root of the file system, or on Windows a name that it
+        does not allow.
     """
     if any(ord(c) < 32 or ord(c) == 127 for c in str(out)):
         raise ConfigError(f"output folder {str(out)!r}: control characters are not allowed in its name")
+    for part in out.parts if system.WINDOWS else ():
+        if part not in (out.anchor, ".", "..") and (reason := system.unportable(part)):
+            raise ConfigError(f"output folder {out}: {part!r}: {reason}; choose another --output-dir")
     found = Path(os.path.realpath(out))
     if not found.name:
         raise ConfigError(f"output folder {found}: the root of the file system cannot hold a result; name a folder")

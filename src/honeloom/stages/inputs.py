@@ -24,6 +24,7 @@ __all__ = [
     "Resolver",
     "adapter_base",
     "artefact_fingerprint",
+    "model_files",
     "recorded_inputs",
     "resolve_model",
     "resolve_rows",
@@ -168,7 +169,7 @@ def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, f
 def resolve_model(value: str, place: str = "model", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
     """Resolve one MODEL argument to a local folder; a hub id is fetched or found in the cache."""
     path, revision = _locate_model(value, fetch)
-    names = _model_files(path)
+    names = model_files(path)
     size = sum((path / n).stat().st_size for n in names)
     base = None
     if "adapter_config.json" in names and (name := adapter_base(path)):
@@ -192,7 +193,7 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
     path = Path(os.path.expanduser(value))
     if path.is_dir():
         _refuse_pickles(path)
-        if not _model_files(path):
+        if not model_files(path):
             raise SourceError(_not_a_model(path))
         return path.resolve(), None
     looks_like_path = (
@@ -223,7 +224,8 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _model_files(folder: Path) -> list[str]:
+def model_files(folder: Path) -> list[str]:
+    """Names of the files that make up a model or adapter, and of an evaluation's rows."""
     return sorted(p.name for p in folder.iterdir() if _MODEL_FILES.search(p.name) and p.is_file())
 
 
@@ -298,4 +300,4 @@ def artefact_fingerprint(path: Path) -> str:
     """
     if path.is_file():
         return sha256_file(path)
-    return _model_fingerprint(path, _model_files(path))
+    return _model_fingerprint(path, model_files(path))

@@ -22,6 +22,7 @@ from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
 from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job
+from honeloom.system import copy_file
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
 
@@ -151,7 +152,7 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
+        copy_file(Path(source), Path(target))
 
 
 def _write_run(

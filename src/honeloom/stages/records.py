@@ -15,7 +15,8 @@ from honeloom.runs.atomic import remove_temporaries
 from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import load_manifest, refresh_manifest, verify_folder
 from honeloom.runs.output import locate
-from honeloom.stages.runner import load_report, peak_rss
+from honeloom.stages.runner import load_report
+from honeloom.system import peak_rss
 from honeloom.types.report import Check, Cost, Report
 
 __all__ = ["render_report", "trace", "verify"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, ResolvedInput, Resolver, artefact_fingerprint
 from honeloom.stages.work import Outcome, Work
+from honeloom.system import peak_rss
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
 from honeloom.verbs import VERBS, Verb
@@ -246,12 +245,6 @@ def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, res
         details=outcome.details,
     )
     return report, outcome
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def load_report(folder: Path, *, reused: bool = False) -> Report:

@@ -73,6 +73,7 @@ class StagePlan:
     downloads: tuple[str, ...]
     bytes_in: int
     config: Mapping[str, Any]
+    push_to_hub: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

@@ -12,13 +12,11 @@ never scored in evaluation.
 
 from __future__ import annotations
 
-import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,13 +24,13 @@ from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from honeloom.errors import TemplateError
+from honeloom.system import address_space_limit
 from honeloom.types.rows import Row, Turn
 
 __all__ = ["Encoded", "Encoder", "UnrenderableRow"]
 
 RENDER_SECONDS = 5.0
 RENDER_BYTES = 1 << 30
-STATM = Path("/proc/self/statm")
 PROBE = (Turn("user", "What is two plus two?"), Turn("assistant", "It is four."))
 
 
@@ -275,19 +273,11 @@ def _limits(seconds: float, extra_bytes: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if STATM.exists():
-        mapped = int(STATM.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (_least(soft, mapped + extra_bytes), hard))
-    previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _least(soft: int, wanted: int) -> int:
-    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+    with address_space_limit(extra_bytes):
+        previous = signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
