@@ -7,30 +7,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
 import honeloom
+from goldens import check, check_json
 from honeloom.cli.main import app
 from honeloom.registry import load_target
 from honeloom.verbs import VERBS
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def check(name: str, text: str) -> None:
-    file = GOLDEN / name
-    if os.environ.get("HONELOOM_WRITE_GOLDEN") == "1":
-        file.write_text(text)
-    assert text == file.read_text()
-
-
-def check_json(name: str, value: Any) -> None:
-    check(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def test_public_api():

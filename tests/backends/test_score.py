@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from honeloom import lab
 from honeloom.backends.hf.load import load_model
 from honeloom.backends.hf.score import Scorer
-from honeloom.errors import HoneloomError, NotFiniteError
+from honeloom.errors import NotFiniteError, OutOfMemoryError
 from honeloom.testing.fakes import chat_row
 from honeloom.types.rows import Row, Turn, Where
 
@@ -68,8 +68,11 @@ def test_nan_weights_are_an_error_not_a_number():
 
 def test_out_of_memory_says_which_setting_to_lower(scorer):
     def full(**inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
     full.device = torch.device("cpu")
-    with pytest.raises(HoneloomError, match=r"--batch-size \(now 4\) or --max-length"):
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"2.00 GiB more were needed and .* free; try --batch-size 2, or --max-length \d+, or --load-in 4bit",
+    ):
         list(Scorer(full, scorer.encoder, 4).losses(ROWS))

@@ -11,7 +11,7 @@ import honeloom
 from honeloom import lab
 from honeloom.backends.hf import tune as tuning
 from honeloom.backends.hf.chat import Encoder
-from honeloom.backends.hf.load import load_model, load_tokenizer
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer
 from honeloom.backends.hf.local_steps import (
     build_optimizer,
     build_schedule,
@@ -170,7 +170,7 @@ def test_unknown_targets_name_the_key():
 
 def test_full_tuning_in_16_bits_keeps_fp32_weights(tmp_path, encoded):
     """Three small steps move every weight in fp32; rounding each step to bf16 would lose nearly all of them."""
-    model = tuning.unfreeze(load_model(lab.base_path(), dtype="fp32"))
+    model = tuning.unfreeze(load_model(lab.base_path(), loading=Loading(dtype="fp32")))
     start = trainable_state(model)
     tuning.train(model, encoded, config(method="full", lr=2e-5), tmp_path, quiet(), autocast=torch.bfloat16)
     after = trainable_state(model)

@@ -13,11 +13,13 @@ from honeloom.errors import ConfigError
 from honeloom.registry import suggest
 
 __all__ = [
+    "Attention",
     "Config",
     "Device",
     "Dtype",
     "InputField",
     "InputKind",
+    "LoadIn",
     "ModelInput",
     "OptionalFolderInput",
     "OptionalModelInput",
@@ -69,6 +71,16 @@ RowsInput = Annotated[
 """Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+LoadIn = Annotated[
+    Literal["4bit", "8bit"] | None,
+    Field(
+        description="Quantise the loaded weights with bitsandbytes (extra `quant`): 4bit is NF4, 8bit is LLM.int8()."
+    ),
+]
+Attention = Annotated[
+    Literal["sdpa", "flash", "eager"] | None,
+    Field(description="Attention kernel; default: the model's own choice, sdpa where it can. flash needs CUDA."),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Every random choice follows from it.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from honeloom.config.base import ModelInput, RowsConfig, RowsInput
+from honeloom.config.base import Attention, ModelInput, RowsConfig, RowsInput
 from honeloom.config.methods import FamilyMethod, MethodConfig
 
 __all__ = ["CosineConfig", "DropConfig", "DropMetric"]
@@ -33,6 +33,7 @@ class DropConfig(RowsConfig):
     profile: Literal["zero"] = Field(
         "zero", description="zero: output projections become 0; loads anywhere, saves nothing."
     )
+    attn: Attention = None
     samples: int = Field(256, gt=0, description="At most this many calibration rows.")
     batch_size: int = Field(8, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from honeloom.config.base import ModelInput, OptionalFolderInput, OptionalModelInput, RowsConfig, RowsInput
+from honeloom.config.base import (
+    Attention,
+    LoadIn,
+    ModelInput,
+    OptionalFolderInput,
+    OptionalModelInput,
+    RowsConfig,
+    RowsInput,
+)
 
 __all__ = ["EvaluateConfig"]
 
@@ -18,6 +26,8 @@ class EvaluateConfig(RowsConfig):
     task_path: OptionalFolderInput = Field(None, description="Folder with lm-eval task YAML files of your own.")
     against: OptionalModelInput = Field(None, description="Another model, or the output of an earlier evaluate.")
     train_rows: RowsInput = Field((), description="Rows the model was tuned on, for the overlap check.")
+    load_in: LoadIn = None
+    attn: Attention = None
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
     bootstrap: int = Field(2000, ge=100, description="Resamples of the paired comparison.")

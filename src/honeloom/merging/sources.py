@@ -11,7 +11,7 @@ import torch
 from honeloom.checkpoint.adapter import LoraAdapter
 from honeloom.checkpoint.architectures import architecture_of
 from honeloom.checkpoint.dtypes import FLOAT_DTYPES
-from honeloom.checkpoint.folders import tokenizer_files
+from honeloom.checkpoint.folders import refuse_quantised, tokenizer_files
 from honeloom.checkpoint.headers import TensorInfo
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.errors import CheckpointError, NotFiniteError, SourceError
@@ -50,6 +50,7 @@ class ModelSource:
         self.tokenizer_folder = folder if tokenizer_files(folder) else self.folder
         self._allow_nan = allow_nan
         with ExitStack() as stack:
+            refuse_quantised(self.folder, "merge")
             self._weights = stack.enter_context(Checkpoint.open(self.folder))
             architecture = architecture_of(self._weights.config, self._weights.names())
             self._adapter = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
 
-from honeloom.config.base import OptionalModelInput, RowsConfig, RowsInput
+from honeloom.config.base import Attention, LoadIn, OptionalModelInput, RowsConfig, RowsInput
 from honeloom.config.methods import FamilyMethod, MethodConfig
 
 __all__ = [
@@ -71,6 +71,8 @@ class SelectConfig(RowsConfig):
     model: OptionalModelInput = Field(None, description="Scores the rows; its tokenizer counts tokens.")
     keep: Keep = Field("10%", description="A share of the usable rows (10%), a count (500) or tokens (200000tok).")
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
+    load_in: LoadIn = None
+    attn: Attention = None
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
 

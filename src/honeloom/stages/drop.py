@@ -10,11 +10,11 @@ import torch
 
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import logits_gap, probe_ids
-from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.states import Kind, RunningMean, skip_sublayers, watch_sublayers
 from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
 from honeloom.checkpoint.dtypes import torch_dtype
-from honeloom.checkpoint.folders import copy_config, copy_tokenizer
+from honeloom.checkpoint.folders import copy_config, copy_tokenizer, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.checkpoint.writer import TensorStream, write_checkpoint
 from honeloom.dropping.config import DropConfig
@@ -42,7 +42,8 @@ def execute(work: Work[DropConfig]) -> Outcome:
     if found.base is not None:
         raise ConfigError(f"{found.value} is an adapter; merge it into its base first, then drop layers of the result")
     source = found.paths[0]
-    model = load_model(source, device=config.device, dtype=config.dtype)
+    refuse_quantised(source, "drop")
+    model = load_model(source, loading=Loading.of(config))
     with Checkpoint.open(source) as checkpoint:
         architecture = architecture_of(checkpoint.config, checkpoint.names())
         means = _score(work, model, architecture, _calibration(work, model))
@@ -180,7 +181,7 @@ def _verify(work: Work[DropConfig], model: Any, architecture: Architecture, plan
     tokenizer = load_tokenizer(work.model())
     ids = probe_ids(tokenizer, model.config, work.config.seed)
     probe = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
-    again = load_model(work.dir, device=work.config.device, dtype=work.config.dtype)
+    again = load_model(work.dir, loading=Loading.of(work.config))
     with skip_sublayers(model, architecture, plan.dropped_attention(), plan.dropped_mlp()):
         gap = logits_gap(model, again, ids)
     claim = f"plain transformers gives the dropped model's logits on {probe} (largest difference)"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.overlap import overlap, question_digests
 from honeloom.data.rowset import RowSet
@@ -70,9 +71,13 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
     """Score every row with one model, in the rows' order."""
     config = work.config
     scorer = Scorer.open(
-        found.paths[0], base=found.base, device=config.device, dtype=config.dtype, batch_size=config.batch_size,
-        max_length=config.max_length, progress=work.log.track,
-    )  # fmt: skip
+        found.paths[0],
+        base=found.base,
+        loading=Loading.of(config, spread=True),
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        progress=work.log.track,
+    )
     work.log.say(f"evaluate: {found.label} on {len(rows)} rows")
     kinds = Counter(row.kind for row in rows)
     examples: list[Example] = []
@@ -261,7 +266,7 @@ def _read_examples(folder: Path) -> list[Example]:
 
 def _lm_eval(work: Work[EvaluateConfig]) -> list[Metric]:
     found, config = work.inputs["model"], work.config
-    scorer = Scorer.open(found.paths[0], base=found.base, device=config.device, dtype=config.dtype)
+    scorer = Scorer.open(found.paths[0], base=found.base, loading=Loading.of(config, spread=True))
     run = load_target("honeloom.backends.lm_eval:run_tasks")
     task_path = str(work.model("task_path")) if config.task_path else None
     results: list[Metric] = run(

@@ -13,7 +13,7 @@ import torch
 
 from honeloom.backends.devices import DTYPES
 from honeloom.backends.hf.compare import finite_logits, probe_ids
-from honeloom.backends.hf.load import load_config, load_model, load_tokenizer
+from honeloom.backends.hf.load import Loading, load_config, load_model, load_tokenizer
 from honeloom.checkpoint.folders import copy_config, copy_tokenizer
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.checkpoint.writer import TensorStream, write_checkpoint
@@ -133,7 +133,7 @@ def _verify(work: Work[MergeConfig], merger: Merger) -> tuple[Check, ...]:
     """Load what was written in transformers, and recompute samples of it from the inputs."""
     config = work.config
     tokenizer = load_tokenizer(work.dir)
-    model = load_model(work.dir, device=config.device)
+    model = load_model(work.dir, loading=Loading(config.device))
     finite = finite_logits(model, probe_ids(tokenizer, model.config, config.seed))
     probes = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
     with Checkpoint.open(work.dir) as written:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.rowset import RowSet
 from honeloom.data.sources import resolve_sources
@@ -72,10 +73,14 @@ def _opener(work: Work[SelectConfig]) -> Callable[[], Scorer]:
             config, found = work.config, work.inputs["model"]
             held.append(
                 Scorer.open(
-                    found.paths[0], base=found.base, device=config.device, dtype=config.dtype,
-                    batch_size=config.batch_size, max_length=config.max_length, progress=work.log.track,
+                    found.paths[0],
+                    base=found.base,
+                    loading=Loading.of(config, spread=True),
+                    batch_size=config.batch_size,
+                    max_length=config.max_length,
+                    progress=work.log.track,
                 )
-            )  # fmt: skip
+            )
         return held[0]
 
     return open_model

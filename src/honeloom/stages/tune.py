@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from honeloom.backends.devices import choose_device, choose_dtype
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.compare import logits_gap
-from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.compare import logits_gap, packing_leak
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.tune import Trained, add_lora, train, unfreeze
-from honeloom.checkpoint.folders import copy_tokenizer, discard
+from honeloom.checkpoint.folders import copy_tokenizer, discard, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError, RowsError, SourceError
@@ -39,14 +40,25 @@ def execute(work: Work[TuneConfig]) -> Outcome:
         )
     compute = choose_dtype(config.dtype, choose_device(config.device))
     full = config.method.type == "full"
+    if full:
+        refuse_quantised(found.paths[0], "tune --method full")
+    loading = Loading.of(config)
     # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
-    source = load_model(found.paths[0], device=config.device, dtype="fp32" if full else config.dtype)
+    source = load_model(found.paths[0], loading=replace(loading, dtype="fp32") if full else loading)
     encoder = Encoder(tokenizer, token_limit(source.config, tokenizer, config.max_length), train=True)
     kept, encoded = _encode(work, rows, encoder)
     model = _prepare(source, config)
+    if config.packing and config.load_in != "8bit":  # whose rounding depends on the whole batch, packed or padded
+        _require_packing(model, encoded, found.value)
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
-    autocast = compute if full and compute is not torch.float32 else None
-    trained = train(model, encoded, config, work.dir / "checkpoints", work.log, autocast=autocast)
+    trained = train(
+        model,
+        encoded,
+        config,
+        work.dir / "checkpoints",
+        work.log,
+        autocast=None if compute is torch.float32 else compute,
+    )
     if not work.leads:
         return Outcome("model" if full else "adapter")
     _save(work, model, compute if full else None)
@@ -99,6 +111,16 @@ def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[lis
     return kept, encoded
 
 
+def _require_packing(model: Any, encoded: Sequence[Encoded], name: str) -> None:
+    """Refuse a model that lets a packed row see the one before it."""
+    leak = packing_leak(model, encoded[0].ids, encoded[-1].ids)
+    if leak > 1e-6:
+        raise ConfigError(
+            f"packing: {name} lets a row see the row packed before it (its logits move by {leak:.3g}); "
+            "leave packing out, --group-by-length saves padding as well"
+        )
+
+
 def _prepare(model: Any, config: TuneConfig) -> Any:
     method = config.method
     if isinstance(method, LoraMethodConfig):
@@ -127,7 +149,7 @@ def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded]) -> tuple
     """Load the saved files again and compare logits with the model that was trained; count what changed."""
     found, config = work.inputs["model"], work.config
     base = found.paths[0] if config.method.type == "lora" else None
-    again = load_model(work.dir, base=base, device=config.device, dtype=config.dtype)
+    again = load_model(work.dir, base=base, loading=Loading.of(config))
     gap = logits_gap(model, again, [list(e.ids) for e in encoded[:4]])
     ends = sum(e.ends for e in encoded) / len(encoded)
     if ends < 0.5:

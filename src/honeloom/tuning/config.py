@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from honeloom.config.base import Config, ModelInput, RowsConfig, RowsInput
+from honeloom.config.base import Attention, Config, LoadIn, ModelInput, RowsConfig, RowsInput
 from honeloom.config.methods import MethodConfig, default_type
 
 __all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
@@ -69,6 +69,17 @@ class TuneConfig(RowsConfig):
     accumulate: int = Field(1, gt=0, description="Forward passes per optimizer step.")
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
+    load_in: LoadIn = None
+    attn: Attention = None
+    gradient_checkpointing: bool = Field(
+        False, description="Keep one activation per layer and compute the rest again: less memory, about 30% slower."
+    )
+    packing: bool = Field(
+        False,
+        description="Lay the rows of a batch end to end instead of padding them; "
+        "attention stays inside a row, so the result is that of padded rows.",
+    )
+    group_by_length: bool = Field(False, description="Batch rows of similar length: less padding, another row order.")
     checkpoint_every: int = Field(200, gt=0, description="Optimizer steps between resumable checkpoints.")
     report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = ()
 
@@ -76,6 +87,14 @@ class TuneConfig(RowsConfig):
     def _one_length(self) -> TuneConfig:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give max_steps or epochs, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> TuneConfig:
+        if self.load_in is not None and self.method.type == "full":
+            raise ValueError(f"load_in {self.load_in}: quantised weights cannot be trained; use method lora (QLoRA)")
+        if self.packing and self.group_by_length:
+            raise ValueError("packing leaves no padding, so group_by_length would change nothing; give one of them")
         return self
 
     @property

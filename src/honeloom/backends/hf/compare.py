@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["finite_logits", "logits_gap", "probe_ids"]
+__all__ = ["finite_logits", "logits_gap", "packing_leak", "probe_ids"]
 
 
 @torch.inference_mode()
@@ -20,6 +20,22 @@ def logits_gap(one: Any, other: Any, rows: Sequence[Sequence[int]]) -> float:
         difference = float((a - b).abs().max())
         gap = max(gap, difference if difference == difference else float("inf"))
     return gap
+
+
+@torch.inference_mode()
+def packing_leak(model: Any, one: Sequence[int], other: Sequence[int]) -> float:
+    """Largest change of a row's logits when the row packed before it becomes another one of the same length.
+
+    0 where attention stays inside a row: a masked key has weight 0 exactly.
+    """
+    changed = [*one[1:], one[0]] if len(set(one)) > 1 else [one[0] ^ 1] * len(one)
+    positions = torch.tensor([[*range(len(one)), *range(len(other))]], device=model.device)
+    logits = []
+    for first in (list(one), changed):
+        ids = torch.tensor([[*first, *other]], device=model.device)
+        logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, len(one) :].float())
+    gap = float((logits[0] - logits[1]).abs().max())
+    return gap if gap == gap else float("inf")
 
 
 @torch.inference_mode()

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
-from honeloom.backends.devices import choose_device, choose_dtype
+from honeloom.backends.devices import choose_device, choose_dtype, free_memory
 from honeloom.checkpoint.folders import read_config
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.checkpoint.reader import weight_files
-from honeloom.errors import CheckpointError, SourceError
+from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, SourceError
 
-__all__ = ["DEFAULT_MAX_TOKENS", "load_config", "load_model", "load_tokenizer", "max_positions", "token_limit"]
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "Loading",
+    "load_arguments",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "max_positions",
+    "token_limit",
+]
 
 DEFAULT_MAX_TOKENS = 2048
 """Tokens per row where nobody asked for more: memory grows with them, whatever the model can take."""
@@ -30,6 +48,84 @@ _FIELDS = (
     (re.compile(r"\.\d+\."), "num_hidden_layers"),
     (re.compile(r"lm_head"), "tie_word_embeddings"),
 )
+
+
+ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How weights are loaded: device, number type, quantisation and attention, as on the command line.
+
+    `spread` lets a model that one GPU cannot hold be laid over all of them and the host's
+    memory; it is for inference.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    load_in: str | None = None
+    attn: str | None = None
+    spread: bool = False
+
+    @classmethod
+    def of(cls, config: Any, *, spread: bool = False) -> Loading:
+        """Take the settings of a verb, as far as it has them."""
+        return cls(config.device, config.dtype, getattr(config, "load_in", None), getattr(config, "attn", None), spread)
+
+
+def load_arguments(loading: Loading, device: torch.device, dtype: torch.dtype, *, fits: bool) -> dict[str, Any]:
+    """What `from_pretrained` is told about number type, placement, quantisation and attention.
+
+    Parameters
+    ----------
+    loading : Loading
+        What was asked for.
+    device, dtype
+        What `auto` came to.
+    fits : bool
+        Whether one device holds the weights.
+
+    Returns
+    -------
+    dict
+        NF4 with double quantisation is QLoRA's setting (arXiv:2305.14314), int8 is LLM.int8()
+        (arXiv:2208.07339). Without `device_map` the model is loaded on the host.
+    """
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if loading.attn:
+        arguments["attn_implementation"] = ATTENTION[loading.attn]
+    if loading.load_in == "4bit":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif loading.load_in == "8bit":
+        arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if loading.spread and not fits:
+        arguments["device_map"] = "auto"
+    elif loading.load_in:
+        arguments["device_map"] = {"": str(device)}
+    return arguments
+
+
+def _check_loading(path: Path, loading: Loading, device: torch.device, config: Mapping[str, Any]) -> bool:
+    """Refuse what cannot work here; return whether the weights will be quantised."""
+    stored = config.get("quantization_config")
+    if loading.load_in and stored:
+        method = stored.get("quant_method", "unknown")
+        raise ConfigError(f"{path}: its weights are quantised already ({method}); leave load_in {loading.load_in} out")
+    wants = bool(loading.load_in) or (stored or {}).get("quant_method") == "bitsandbytes"
+    if wants and not is_bitsandbytes_available():
+        what = f"load_in {loading.load_in}" if loading.load_in else f"{path}"
+        raise MissingExtraError(f"{what} needs bitsandbytes: pip install 'honeloom[quant]'")
+    if wants and device.type == "mps":
+        raise ConfigError("bitsandbytes weights are not for mps; use --device cpu, or leave load_in out")
+    if loading.attn == "flash" and not (device.type == "cuda" and is_flash_attn_2_available()):
+        lacks = "the package flash-attn" if device.type == "cuda" else f"a CUDA device (this is {device.type})"
+        raise ConfigError(f"--attn flash needs {lacks}; use --attn sdpa, which is exact as well")
+    return wants or bool(stored)
 
 
 def load_config(path: Path) -> Any:
@@ -48,9 +144,7 @@ def load_config(path: Path) -> Any:
         raise CheckpointError(f"{file}: transformers {transformers.__version__} cannot read it: {error}") from None
 
 
-def load_model(
-    path: Path, *, base: Path | None = None, device: str = "auto", dtype: str = "auto", trainable: bool = False
-) -> Any:
+def load_model(path: Path, *, base: Path | None = None, loading: Loading | None = None, trainable: bool = False) -> Any:
     """Load a causal language model, or an adapter on its base, in evaluation mode.
 
     Parameters
@@ -59,8 +153,8 @@ def load_model(
         Model folder or PEFT adapter folder.
     base : Path, optional
         The base model's folder, for an adapter.
-    device, dtype : str
-        As on the command line.
+    loading : Loading, optional
+        Device, number type, quantisation, attention; by default all of them `auto`.
     trainable : bool
         Whether an adapter's weights will be trained.
 
@@ -69,30 +163,64 @@ def load_model(
     CheckpointError
         A weight file is damaged, the weights do not fit the configuration, or the
         architecture is unknown.
+    ConfigError, MissingExtraError
+        The quantisation or attention cannot be had here.
     """
+    loading = loading or Loading()
     if (path / "adapter_config.json").exists():
         if base is None:
             raise SourceError(f"{path}: an adapter, and its base model is not known; set base_model_name_or_path in it")
         _check_weights([_adapter_file(path)])
-        inner = load_model(base, device=device, dtype=dtype)
+        inner = load_model(base, loading=loading)
         return PeftModel.from_pretrained(inner, path, is_trainable=trainable).eval()
     config = load_config(path)
-    _check_weights(weight_files(path))
+    device = choose_device(loading.device)
+    quantised = _check_loading(path, loading, device, config.to_dict())
+    files = weight_files(path)
+    _check_weights(files)
     transformers.utils.logging.disable_progress_bar()  # it would draw over ours
-    where = choose_device(device)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=choose_dtype(dtype, where),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # they come back in the loading info and are refused below
-        output_loading_info=True,
-    )
-    model, info = loaded
+    fits = device.type != "cuda" or sum(f.stat().st_size for f in files) < 0.9 * free_memory(device)
+    arguments = load_arguments(loading, device, choose_dtype(loading.dtype, device), fits=fits)
+    model, info = _from_pretrained(path, config, arguments, loading.attn)
     _check_fit(path, info)
-    return model.to(where).eval()
+    if quantised:
+        _keep_codes(model)
+    placed = quantised or "device_map" in arguments
+    return (model if placed else model.to(device)).eval()
+
+
+def _keep_codes(model: Any) -> None:
+    """Stop bitsandbytes from laying 4-bit weights out anew in the first forward on a CPU.
+
+    It would round their scales to bf16, compute in bf16 whatever was asked for, and lose bits on
+    the way back to training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _from_pretrained(
+    path: Path, config: Any, arguments: dict[str, Any], attn: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model and what transformers says of its loading."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they come back in the loading info and are refused below
+            output_loading_info=True,
+            **arguments,
+        )
+    except ValueError as error:
+        if attn is None or "attention" not in str(error):
+            raise
+        others = ", ".join(sorted(ATTENTION.keys() - {attn}))
+        raise ConfigError(f"--attn {attn}: a {config.model_type} model has no such attention; use {others}") from None
+    return loaded
 
 
 def _check_fit(path: Path, info: dict[str, Any]) -> None:

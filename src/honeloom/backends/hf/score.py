@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.load import load_model, load_tokenizer, token_limit
-from honeloom.errors import HoneloomError, NotFiniteError, SourceError
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.errors import NotFiniteError, SourceError
 from honeloom.types.rows import Row
 
-__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pad_batch"]
+__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pack_batch", "pad_batch"]
 
 Progress = Callable[[Iterable[Row], str, int | None], Iterable[Row]]
 
@@ -81,14 +82,20 @@ class Scorer:
 
     @classmethod
     def open(
-        cls, path: Path, *, base: Path | None = None, device: str = "auto", dtype: str = "auto",
-        batch_size: int = 16, max_length: int | None = None, progress: Progress | None = None,
-    ) -> Scorer:  # fmt: skip
+        cls,
+        path: Path,
+        *,
+        base: Path | None = None,
+        loading: Loading | None = None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        progress: Progress | None = None,
+    ) -> Scorer:
         """Load model and tokenizer; SourceError if the folder has no tokenizer."""
         tokenizer = load_tokenizer(path, base=base)
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
-        model = load_model(path, base=base, device=device, dtype=dtype)
+        model = load_model(path, base=base, loading=loading)
         encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length))
         return cls(model, encoder, batch_size, progress or _no_progress)
 
@@ -131,28 +138,30 @@ class Scorer:
         for start in range(0, len(order), self.batch_size):
             picked = order[start : start + self.batch_size]
             batch = [encoded[i] for i in picked]
-            try:
+            with memory_guard(self.model.device, self._describe(batch), self._memory_advice()):
                 values = self._batch_sums(batch)
-            except torch.OutOfMemoryError:
-                raise HoneloomError(
-                    f"out of memory on {len(batch)} rows of up to {len(batch[0].ids)} tokens; "
-                    f"lower --batch-size (now {self.batch_size}) or --max-length (now {self.encoder.max_length})"
-                ) from None
             for i, value in zip(picked, values, strict=True):
                 sums[i] = value
         return sums
+
+    def _describe(self, batch: Sequence[Encoded]) -> str:
+        return f"scoring {len(batch)} rows of up to {len(batch[0].ids)} tokens"
+
+    def _memory_advice(self) -> list[str]:
+        fewer = [f"--batch-size {self.batch_size // 2}"] if self.batch_size > 1 else []
+        return [*fewer, f"--max-length {self.encoder.max_length // 2}", "--load-in 4bit"]
 
     @torch.inference_mode()
     def _batch_sums(self, batch: Sequence[Encoded]) -> list[float]:
         # Padding stands to the right of a causal model's tokens, so no mask is needed.
         ids, _, labels = pad_batch(batch, self.model.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
-        targets = labels[:, 1:]
-        rows, columns = torch.nonzero(targets != -100, as_tuple=True)
-        losses = torch.nn.functional.cross_entropy(
-            logits[rows, columns].float(), targets[rows, columns], reduction="none"
-        ).double()
-        sums = torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add_(0, rows, losses)
+        targets = labels[:, 1:].to(logits.device)
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
+        for i in range(len(batch)):  # row by row: fp32 copies of a batch's logits would be the peak of memory
+            scored = targets[i] != -100
+            losses = torch.nn.functional.cross_entropy(logits[i, scored].float(), targets[i, scored], reduction="none")
+            sums[i] = losses.double().sum()
         if not torch.isfinite(sums).all():
             raise NotFiniteError("the model's loss is NaN or infinite; its weights or --dtype are unusable")
         return [float(s) for s in sums.cpu()]
@@ -170,6 +179,37 @@ def pad_batch(batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Ten
         mask[i, :n] = 1
         labels[i, :n] = torch.where(torch.tensor(encoded.scored), ids[i, :n], labels[i, :n])
     return ids.to(device), mask.to(device), labels.to(device)
+
+
+def pack_batch(batch: Sequence[Encoded], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay rows end to end in sequences of at most `width` tokens: ids, positions, labels, each (S, T), int64.
+
+    Positions begin at 0 with every row, and with the padding at the end. No row's first token
+    is a label, so that no row predicts the next. Rows go, longest first, into the first sequence
+    that has room.
+    """
+    sequences: list[list[Encoded]] = []
+    for encoded in sorted(batch, key=lambda e: -len(e.ids)):
+        room = (s for s in sequences if sum(len(e.ids) for e in s) + len(encoded.ids) <= width)
+        chosen = next(room, None)
+        if chosen is None:
+            sequences.append([encoded])
+        else:
+            chosen.append(encoded)
+    used = max(sum(len(e.ids) for e in s) for s in sequences)
+    ids = torch.zeros(len(sequences), used, dtype=torch.int64)
+    positions = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, sequence in enumerate(sequences):
+        start = 0
+        for encoded in sequence:
+            one, _, scored = pad_batch([encoded], ids.device)
+            end = start + len(encoded.ids)
+            ids[i, start:end], labels[i, start + 1 : end] = one[0], scored[0, 1:]
+            positions[i, start:end] = torch.arange(end - start)
+            start = end
+        positions[i, start:] = torch.arange(used - start)
+    return ids, positions, labels
 
 
 def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded
+from honeloom.backends.hf.load import DEFAULT_MAX_TOKENS
 from honeloom.backends.hf.local_steps import build_optimizer, build_schedule
-from honeloom.backends.hf.score import pad_batch
-from honeloom.errors import ConfigError, HoneloomError, NotFiniteError
+from honeloom.backends.hf.score import pack_batch, pad_batch
+from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.ops.noise import permutation
 from honeloom.runs.atomic import fsync_file, write_json
 from honeloom.runs.log import Log
@@ -25,9 +31,13 @@ from honeloom.runs.processes import local_rank, world_size
 from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
-__all__ = ["Trained", "add_lora", "row_order", "total_steps", "train", "unfreeze"]
+__all__ = ["Trained", "add_lora", "row_order", "total_steps", "train", "training_arguments", "unfreeze"]
 
 COMPLETE = "complete.json"
+# The older name goes in transformers 6.
+_RECOMPUTE = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +109,30 @@ def _rows_per_step(config: TuneConfig) -> int:
     return config.batch_size * config.accumulate * world_size()
 
 
-def row_order(rows: int, wanted: int, seed: int) -> list[int]:
-    """Indices of the rows in training order: a fresh permutation of all of them per epoch."""
+def row_order(rows: int, wanted: int, seed: int, *, lengths: Sequence[int] = (), group: int = 0) -> list[int]:
+    """Indices of the rows in training order: a fresh permutation of all of them per epoch.
+
+    Parameters
+    ----------
+    rows, wanted : int
+        How many there are, and how many are trained on.
+    seed : int
+        Of the permutations.
+    lengths : sequence of int
+        Tokens of every row, to group by.
+    group : int
+        Rows per optimizer step: within fifty such groups the longest come first. 0: no grouping.
+    """
     order: list[int] = []
     epoch = 0
     while len(order) < wanted:
-        order += permutation(seed, f"tune/epoch/{epoch}", rows).tolist()
+        shuffled = permutation(seed, f"tune/epoch/{epoch}", rows).tolist()
+        if group:
+            # The library permutes too; its generator is seeded by the first draw of ours.
+            generator = torch.Generator().manual_seed(shuffled[0])
+            places = get_length_grouped_indices([lengths[i] for i in shuffled], group, generator=generator)
+            shuffled = [shuffled[place] for place in places]
+        order += shuffled
         epoch += 1
     return order[:wanted]
 
@@ -141,28 +169,25 @@ def train(
         The loss or gradient is NaN or infinite; `diagnosis.json` in `folder` says where.
     """
     steps = total_steps(len(encoded), config)
-    order = row_order(len(encoded), rows_in_all(len(encoded), config), config.seed)
-    optimizer = build_optimizer(model, config.optimizer, config.learning_rate)
-    schedule = build_schedule(optimizer, config.schedule, steps, config.warmup_ratio)
+    group = _rows_per_step(config) if config.group_by_length else 0
+    lengths = [len(e.ids) for e in encoded]
+    order = row_order(len(encoded), rows_in_all(len(encoded), config), config.seed, lengths=lengths, group=group)
     signature = {"device": model.device.type, "dtype": str(model.dtype), "autocast": str(autocast)}
     checkpoint = newest_checkpoint(folder, log, signature)
     with deferred_signals() as pending, log.console.progress("tune", steps) as advance:
         watcher = _Watcher(folder, log, pending, advance, signature)
         trainer = _trainer(
+            config=config,
             model=model,
             args=_arguments(config, folder, steps, model.device, autocast),
             train_dataset=_Rows([encoded[i] for i in order]),
-            data_collator=collate,
-            optimizers=(optimizer, schedule),
+            data_collator=partial(collate_packed, width=max(lengths)) if config.packing else collate,
             callbacks=[watcher],
         )
-        try:
+        # Under autocast the library would copy every input of an adapter to fp32, and autocast copy it back.
+        casting = disable_input_dtype_casting(model) if autocast and hasattr(model, "peft_config") else nullcontext()
+        with memory_guard(model.device, "training", _memory_advice(config)), casting:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            raise HoneloomError(
-                f"out of memory while training: {error}; lower --batch-size (and raise accumulate) or --max-length, "
-                "or use --method lora"
-            ) from None
     # Under autocast accelerate replaces `forward`; the caller gets the plain model back.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     pending.raise_if_received()
@@ -174,6 +199,21 @@ def train(
     return Trained(steps, tokens, targets / tokens, losses, frozenset(order))
 
 
+def _memory_advice(config: TuneConfig) -> list[str]:
+    """Flags that lower the memory of this training, the cheapest in time first."""
+    advice = []
+    if config.batch_size > 1:
+        half = config.batch_size // 2
+        advice.append(f"--batch-size {half} --accumulate {config.accumulate * -(-config.batch_size // half)}")
+    if not config.gradient_checkpointing:
+        advice.append("--gradient-checkpointing")
+    if config.method.type == "full":
+        advice.append("--method lora")
+    elif config.load_in != "4bit":
+        advice.append("--load-in 4bit")
+    return [*advice, f"--max-length {(config.max_length or DEFAULT_MAX_TOKENS) // 2}"]
+
+
 def _trainer(**parts: Any) -> Trainer:
     try:
         trainer = _OrderedTrainer(**parts)
@@ -183,6 +223,47 @@ def _trainer(**parts: Any) -> Trainer:
     return trainer
 
 
+def training_arguments(
+    config: TuneConfig, steps: int, device: str, autocast: torch.dtype | None = None
+) -> dict[str, Any]:
+    """What the Trainer is told: every setting of ours by its name there.
+
+    Parameters
+    ----------
+    config : TuneConfig
+        Our settings. Optimizer, schedule, row order and packing are built by us and do not appear.
+    steps : int
+        Optimizer steps.
+    device : str
+        Kind of device: cpu, cuda or mps.
+    autocast : torch.dtype, optional
+        As of `train`.
+    """
+    arguments: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "max_grad_norm": config.max_grad_norm,
+        "learning_rate": config.learning_rate,
+        "seed": config.seed % 2**32,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": 2,
+        "report_to": list(config.report_to) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device == "cuda",
+        "use_cpu": device == "cpu",
+        "bf16": autocast is torch.bfloat16,
+        "fp16": autocast is torch.float16,
+    }
+    if config.gradient_checkpointing:
+        arguments |= {_RECOMPUTE: True, f"{_RECOMPUTE}_kwargs": {"use_reentrant": False}}
+    return arguments
+
+
 def _arguments(
     config: TuneConfig, folder: Path, steps: int, device: torch.device, autocast: torch.dtype | None
 ) -> TrainingArguments:
@@ -190,27 +271,7 @@ def _arguments(
         raise ConfigError(
             f"--device {device}: the trainer uses the first device; set CUDA_VISIBLE_DEVICES={device.index}"
         )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        max_grad_norm=config.max_grad_norm,
-        learning_rate=config.learning_rate,
-        seed=config.seed % 2**32,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
-        save_total_limit=2,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        bf16=autocast is torch.bfloat16,
-        fp16=autocast is torch.float16,
-    )
+    arguments = TrainingArguments(output_dir=str(folder), **training_arguments(config, steps, device.type, autocast))
     # Several visible devices would otherwise be filled by torch.nn.DataParallel, which multiplies the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -230,7 +291,25 @@ class _Rows(Dataset):
 
 
 class _OrderedTrainer(Trainer):
-    """A Trainer that keeps the order of its dataset."""
+    """A Trainer that keeps the order of its dataset and builds the optimizer and schedule of our settings."""
+
+    def __init__(self, *, config: TuneConfig, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.settings = config
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = build_optimizer(trained, self.settings.optimizer, self.settings.learning_rate)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            scheduled: Any = optimizer or self.optimizer
+            settings = self.settings
+            schedule: Any = build_schedule(scheduled, settings.schedule, num_training_steps, settings.warmup_ratio)
+            self.lr_scheduler = schedule
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
@@ -240,6 +319,12 @@ def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Pad a batch as the Trainer wants it."""
     ids, mask, labels = pad_batch(batch, torch.device("cpu"))
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def collate_packed(batch: Sequence[Encoded], *, width: int) -> dict[str, torch.Tensor]:
+    """Pack a batch as the Trainer wants it; without a mask, transformers keeps attention within a row by positions."""
+    ids, positions, labels = pack_batch(batch, width)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 class _Watcher(TrainerCallback):
