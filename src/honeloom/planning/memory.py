@@ -1,0 +1,251 @@
+"""Peak memory of tuning and inference, from a model's config alone.
+
+The terms are the tensors that are alive at the peak of a step of transformers' decoders: they
+were counted on a Llama with PyTorch's saved-tensor hooks and hold for the layouts that share
+its parts. `benchmarks/memory` compares the sums with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Literal
+
+from honeloom.checkpoint.architectures import architecture_of, layer_count, tensor_shapes
+
+__all__ = ["DTYPE_BYTES", "Decoder", "Memory", "Work", "inference_memory", "read_decoder", "tuning_memory"]
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+"""Bytes per weight of a matrix: NF4 in blocks of 64 with scales quantised twice, and int8."""
+_FP32 = 4
+CUDA_CONTEXT = 600 << 20
+"""What a process holds on a GPU before its first tensor, about; not measured here."""
+
+Mode = Literal["lora", "full", "zeroth-order", "inference"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Sizes of a decoder, in numbers of weights and widths.
+
+    Attributes
+    ----------
+    parameters : int
+        All weights, a tied head once.
+    matrices : int
+        Weights of the layers' matrices: what is quantised and what all-linear LoRA adapts.
+    adapter_widths : int
+        Sum over these matrices of inputs + outputs: LoRA's weights per unit of rank.
+    largest : int
+        Weights of the largest tensor.
+    layers, hidden, queries, keys, width, vocabulary : int
+        Layers; sizes of the stream, of all queries, of all keys, of the MLP's inside, and the
+        vocabulary.
+    gated : bool
+        Whether the MLP multiplies two branches.
+    norms : int
+        Norms of a layer that act on the stream.
+    readers : int
+        Matrices of a layer that read the normalised stream.
+    experts_used : int
+        Experts that a token passes through; 1 without experts.
+    """
+
+    parameters: int
+    matrices: int
+    adapter_widths: int
+    largest: int
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    width: int
+    vocabulary: int
+    heads: int
+    gated: bool
+    norms: int
+    readers: int
+    experts_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a job uses the decoder.
+
+    `dtype` is that of the loaded weights, `rank` LoRA's, `states` the optimizer's tensors per
+    trained weight (AdamW 2, SGD with momentum 1). `processes` share weights, gradients and
+    states (FSDP).
+    """
+
+    mode: Mode
+    batch_size: int
+    tokens: int
+    dtype: str = "bf16"
+    load_in: str | None = None
+    rank: int = 8
+    states: int = 2
+    accumulate: int = 1
+    checkpointing: bool = False
+    eager: bool = False
+    processes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes at the peak, by part; `total` is their sum.
+
+    `activations` holds what is kept for the backward pass, or the largest layer's tensors where
+    there is none; `logits` their copies in the loss.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(asdict(self).values())
+
+    def to_json(self) -> dict[str, int]:
+        """Return the parts and their total."""
+        return {**asdict(self), "total": self.total}
+
+
+def read_decoder(config: Mapping[str, Any]) -> Decoder:
+    """Sizes from the content of config.json; CheckpointError where the family or a size is not known."""
+    shapes = tensor_shapes(config)
+    prefix = f"{architecture_of(config).disk_layers[0]}."
+    inner = {n: s for n, s in shapes.items() if n.startswith(prefix)}
+    first = {n.removeprefix(f"{prefix}0."): s for n, s in inner.items() if n.startswith(f"{prefix}0.")}
+    matrices = [s for n, s in inner.items() if len(s) == 2]
+    text = config.get("text_config") or config
+    hidden = text.get("hidden_size") or text["n_embd"]
+    heads = text.get("num_attention_heads") or text["n_head"]
+    size = text.get("head_dim") or hidden // heads
+    return Decoder(
+        parameters=sum(prod(s) for s in shapes.values()),
+        matrices=sum(prod(s) for s in matrices),
+        adapter_widths=sum(sum(s) for s in matrices),
+        largest=max(prod(s) for s in shapes.values()),
+        layers=layer_count(config),
+        hidden=hidden,
+        queries=heads * size,
+        keys=(text.get("num_key_value_heads") or heads) * size,
+        width=_mlp_width(text, first),
+        vocabulary=text["vocab_size"],
+        heads=heads,
+        gated=any(part in n for n in first for part in ("gate_proj", "gate_up_proj", ".w3")),
+        norms=sum(1 for n, s in first.items() if n.endswith(".weight") and s == (hidden,)),
+        readers=sum(1 for n, s in first.items() if len(s) == 2 and "experts" not in n and not _writes(n)),
+        experts_used=int(text.get("num_experts_per_tok") or 1),
+    )
+
+
+def _mlp_width(text: Mapping[str, Any], layer: Mapping[str, tuple[int, ...]]) -> int:
+    if any("experts" in n for n in layer):
+        return int(text.get("moe_intermediate_size") or text["intermediate_size"])
+    return int(text.get("intermediate_size") or text.get("n_inner") or 4 * text["n_embd"])
+
+
+def _writes(name: str) -> bool:
+    """Whether a matrix writes to the stream rather than reading it."""
+    return any(part in name for part in ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", ".w2"))
+
+
+def tuning_memory(decoder: Decoder, work: Work) -> Memory:
+    """Peak of an optimizer step with LoRA or all weights; of a zeroth-order step or inference without gradients.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The model.
+    work : Work
+        The job; its tokens are those of the longest batch, per row.
+    """
+    if work.mode in ("zeroth-order", "inference"):
+        return inference_memory(decoder, work)
+    full, compute = work.mode == "full", DTYPE_BYTES[work.dtype]
+    trained = decoder.parameters if full else work.rank * decoder.adapter_widths
+    share = work.processes
+    weights = decoder.parameters * _FP32 if full else _weights(decoder, work)
+    if full and compute < _FP32:
+        weights += decoder.matrices * compute  # autocast keeps a copy of every matrix
+    gradients, optimizer = trained * _FP32, trained * _FP32 * work.states
+    activations, transient = _saved(decoder, work, compute)
+    logits = work.batch_size * work.tokens * decoder.vocabulary * _logit_bytes(compute)
+    in_backward = activations + max(logits, transient) + (gradients if work.accumulate > 1 else 0)
+    in_step = gradients + 2 * decoder.largest * _FP32 * full
+    backward_leads = in_backward * share >= in_step
+    return Memory(
+        weights=weights // share,
+        adapters=0 if full else trained * _FP32,
+        gradients=gradients // share if not backward_leads or work.accumulate > 1 else 0,
+        optimizer=optimizer // share,
+        activations=activations if backward_leads else 0,
+        logits=max(logits, transient) if backward_leads else 0,
+        scratch=2 * decoder.largest * _FP32 if full and not backward_leads else 0,
+    )
+
+
+def inference_memory(decoder: Decoder, work: Work) -> Memory:
+    """Peak of a forward pass with its loss; a zeroth-order step also draws noise for one tensor at a time."""
+    compute = DTYPE_BYTES[work.dtype]
+    tokens = work.batch_size * work.tokens
+    stream = 3 * decoder.hidden * _FP32
+    branch = max((3 if decoder.gated else 2) * decoder.width * decoder.experts_used, 3 * decoder.queries) * compute
+    scores = work.batch_size * decoder.heads * work.tokens**2 * (compute + _FP32) if work.eager else 0
+    zeroth = work.mode == "zeroth-order"
+    # Scoring takes the loss row by row; a zeroth-order step takes transformers' loss over the whole batch.
+    in_fp32 = tokens if zeroth else work.tokens
+    copies = in_fp32 * 2 * _FP32 if zeroth and compute == _FP32 else tokens * compute + in_fp32 * 2 * _FP32
+    logits = decoder.vocabulary * copies
+    layer = tokens * (stream + branch) + scores
+    noise = 2 * decoder.largest * compute if zeroth else 0
+    return Memory(
+        weights=_weights(decoder, work),
+        adapters=0,
+        gradients=0,
+        optimizer=0,
+        activations=layer if layer > max(logits, noise) else 0,
+        logits=logits if logits >= max(layer, noise) else 0,
+        scratch=noise if noise > max(layer, logits) else 0,
+    )
+
+
+def _weights(decoder: Decoder, work: Work) -> int:
+    """Bytes of frozen weights: matrices quantised if asked for, the rest as loaded."""
+    compute = DTYPE_BYTES[work.dtype]
+    if work.load_in is None:
+        return decoder.parameters * compute
+    return int(decoder.matrices * QUANTISED_BYTES[work.load_in]) + (decoder.parameters - decoder.matrices) * compute
+
+
+def _logit_bytes(compute: int) -> int:
+    """Bytes per logit at the peak: its log-softmax and the gradients of both in fp32, and 16-bit logits beside them."""
+    return 3 * _FP32 if compute == _FP32 else 3 * _FP32 + 2 * compute
+
+
+def _saved(decoder: Decoder, work: Work, compute: int) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and bytes of one layer's gradients while it is passed."""
+    full, tokens = work.mode == "full", work.batch_size * work.tokens
+    # Norms keep their input in fp32, and the normalised stream too where their weight is trained.
+    norms = decoder.norms * decoder.hidden * _FP32 * (2 if full else 1)
+    # The normalised stream is kept once; autocast casts an fp32 stream for every matrix that reads it.
+    casts = decoder.readers if full and compute < _FP32 else 2
+    attention = (2 * decoder.queries + 2 * decoder.keys) * compute
+    mlp = (4 if decoder.gated else 3) * decoder.width * decoder.experts_used * compute
+    layer = tokens * (norms + casts * decoder.hidden * compute + attention + mlp)
+    if work.eager:
+        layer += work.batch_size * decoder.heads * work.tokens**2 * (compute + _FP32)
+    transient = tokens * (3 if decoder.gated else 2) * decoder.width * decoder.experts_used * compute
+    if not work.checkpointing:
+        return layer * decoder.layers, transient
+    stream = tokens * decoder.hidden * (_FP32 if full else compute)
+    return stream * decoder.layers + layer, transient
