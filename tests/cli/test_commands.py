@@ -86,7 +86,7 @@ def test_report_makes_the_page_again_and_the_run_stays_sound(cli, run):
     assert (done.code, done.last) == (0, str(run / "report.html"))
     page = (run / "report.html").read_text()
     assert "Content-Security-Policy" in page
-    assert "score: evaluate" in page
+    assert '>score <span class="verb">evaluate</span></h2>' in page
     assert cli("verify", run).code == 0
     assert "run" in os.listdir(run.parent)
     assert [n for n in os.listdir(run.parent) if n.startswith(".")] == []

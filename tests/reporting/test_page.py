@@ -1,41 +1,20 @@
-"""The page is self-contained and inert, whatever it shows."""
+"""The page is self-contained, inert, complete, and the same for the same report."""
 
 import json
 import re
-import shutil
-import subprocess
+from types import SimpleNamespace
 
 import pytest
+from hostile_texts import HOSTILE, hostile_report
+from ruamel.yaml import YAML
 
 from honeloom.reporting.card import write_card
 from honeloom.reporting.page import environment, write_page
+from honeloom.reporting.panel import ROWS_SHOWN, by_name
+from honeloom.reporting.panels.kept_rows import kept_rows_panel
+from honeloom.reporting.text import alike, clip, number, seconds, size, visible
 from honeloom.stages.inputs import ResolvedInput
-from honeloom.types.report import Artefact, Check, Cost, Metric, Report
-
-HOSTILE = [
-    "<script>document.title='pwned'</script>",
-    "</script><script>document.title='pwned'</script>",
-    "<img src=x onerror=\"document.title='pwned'\">",
-    "javascript:document.title='pwned'",
-    "\u202eright to left",
-    "x" * 1_000_000,
-    "'\"`${document.title='pwned'}",
-]
-
-
-def hostile_report():
-    return Report(
-        verb="evaluate",
-        status="ok",
-        out="/tmp/" + HOSTILE[0],
-        seed=0,
-        artefact=Artefact("scores", "/tmp/x", "0" * 64),
-        metrics=tuple(Metric("loss", float(i), 3, "nats/token", False, 0.1, text) for i, text in enumerate(HOSTILE)),
-        verification=tuple(Check(text, text, None, True) for text in HOSTILE[:5]),
-        warnings=tuple(HOSTILE[:5]),
-        cost=Cost(1.0, 1.0, 1 << 20),
-        details={"description": HOSTILE[1]},
-    )
+from honeloom.types.report import Check, Metric, Report
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +23,103 @@ def page(tmp_path_factory):
     return write_page(folder, hostile_report())
 
 
+def without_scripts(text):
+    return re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+
+
 def test_page_holds_no_foreign_markup_and_a_strict_policy(page):
     text = page.read_text()
     assert "<script>document.title" not in text
-    assert "<img" not in text
+    assert "<img" not in without_scripts(text)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text).group(1)
     assert "default-src &#39;none&#39;" in policy
     assert "unsafe-eval" not in policy
     assert "script-src &#39;sha256-" in policy
     # Only two scripts run (the library and ours); the rest are data.
     assert len(re.findall(r"<script>", text)) == 2
-    assert not re.search(r'(?:src|href)="https?:', re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+    links = re.findall(r'(?:src|href)="([^"]*)"', without_scripts(text))
+    assert links
+    assert all(link.startswith("#") for link in links)
+
+
+def test_page_without_a_chart_carries_no_library_and_runs_no_script(tmp_path):
+    details = {"method": "linear", "donor": "a", "lost_delta_fraction": None, "bytes_read": 1, "bytes_written": 1}
+    text = write_page(tmp_path, Report("merge", "ok", "/x", 0, None, details=details)).read_text()
+    assert "<script>" not in text
+    assert "script-src &#39;none&#39;" in text
+    assert len(text) < 40_000
+
+
+def test_long_texts_are_clipped_and_counted(page):
+    text = without_scripts(page.read_text())
+    assert "1,000,000 characters" in text
+    assert "x" * 1000 not in text
+
+
+def test_marks_that_turn_the_reading_direction_are_spelled_out(page):
+    text = without_scripts(page.read_text())
+    assert "\u202e" not in text
+    assert r"\u202eright to left" in text
 
 
 def test_page_data_is_json_that_cannot_end_its_element(page):
-    for island in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S):
+    islands = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
+    assert len(islands) == 2
+    for island in islands:
         assert "<" not in island
         assert json.loads(island)["data"]
+
+
+def test_same_report_gives_the_same_bytes(page, tmp_path):
+    assert write_page(tmp_path, hostile_report()).read_bytes() == page.read_bytes()
+
+
+def test_every_chart_has_a_table_and_a_text(page):
+    text = without_scripts(page.read_text())
+    charts = re.findall(r'data-figure="([^"]+)" role="img" aria-label="([^"]+)"', text)
+    assert len(charts) == text.count("<details><summary>Table: ") == 2
+    assert all(len(label) > 40 for _, label in charts)
+
+
+def test_headline_comes_first_then_warnings_then_the_number(page):
+    text = without_scripts(page.read_text())
+    places = [text.index(part) for part in ("<h1>", "warnings", '<div class="figure">', "<main")]
+    style = text.index("</style>")
+    assert text[style:].index("<h1>") < text[style:].index('class="warnings"') < text[style:].index('class="figure"')
+    assert places[-1] > places[0]
+    head = re.search(r"<h1>(.*?)</h1>", text).group(1)
+    assert head.startswith("The model is better than ")
+    assert "4.0 → " not in head
+    assert re.search(r'<p class="value"><span class="quiet">4.000</span>.*→</span> 3.000 ', text)
+    assert "difference −1.000, 95% interval −2.000 to −0.500, over the same 3 rows" in text
+
+
+def test_a_failed_claim_is_told_at_the_top(tmp_path):
+    report = Report("evaluate", "failed", "/x", 0, None, verification=(Check("a", 1, 0, False), Check("b", 0, 0, True)))
+    text = write_page(tmp_path, report).read_text()
+    assert "1 of 2 claims failed" in text
+    assert "not published" in text
+    assert "✗ NO" in text
+
+
+def test_a_long_table_says_where_the_rest_is(tmp_path):
+    metrics = tuple(Metric("loss", 1.0, 1, "nats/token", False, None, f"d{i}") for i in range(ROWS_SHOWN + 5))
+    text = write_page(tmp_path, Report("evaluate", "ok", "/x", 0, None, metrics=metrics)).read_text()
+    assert f"The first {ROWS_SHOWN} of {ROWS_SHOWN + 5} rows; all of them are in <code>report.json</code>" in text
+    assert "60 of 305 groups" in text
+
+
+def test_metrics_without_a_value_are_listed_and_not_drawn(tmp_path):
+    metrics = (Metric("loss", None, 1, "nats/token", False, None, "all"),)
+    text = write_page(tmp_path, Report("evaluate", "ok", "/x", 0, None, metrics=metrics)).read_text()
+    assert "data-figure" not in text
+    assert "<td>loss</td>" in text or ">loss<" in text
+
+
+def test_names_are_placed_by_number_so_that_none_is_read_as_a_date():
+    axis = by_name(["2026", "2026-01-01", "x" * 200, "x" * 200])
+    assert axis["tickvals"] == [0, 1, 2, 3]
+    assert len(axis["ticktext"]) == 4
 
 
 def test_island_escapes_but_keeps_the_value():
@@ -69,16 +128,41 @@ def test_island_escapes_but_keeps_the_value():
     assert json.loads(island) == {"a": "</script>&<b>"}
 
 
-@pytest.mark.browser
-def test_hostile_text_does_not_run_in_a_browser(page, require):
-    chromium = require(shutil.which("chromium") or shutil.which("chromium-browser"), "Chromium")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    command += ["--enable-logging=stderr", "--v=0"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1)
-    assert title == "honeloom evaluate"
-    assert 'class="main-svg"' in done.stdout  # our own script ran and drew the chart
-    assert "CONSOLE" not in done.stderr or "Content Security Policy" not in done.stderr
+def test_kept_rows_of_both_ends_are_those_of_the_file(hostile_selection):
+    report = Report.from_json(json.loads((hostile_selection / "report.json").read_bytes()))
+    panel = kept_rows_panel(hostile_selection, report)
+    scores = [row[0] for row in panel.rows]
+    assert len(scores) == 10
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > scores[-1]
+    rows = [json.loads(line) for line in (hostile_selection / "selected.jsonl").read_text().splitlines()]
+    known = {(r["instruction"][:160], r["output"][:160]) for r in rows}
+    assert {(row[2], row[3]) for row in panel.rows} <= known
+    longest = max(rows, key=lambda r: len(r["output"].split()))
+    assert panel.rows[0][3][:50] in {r["output"][:50] for r in rows if len(r["output"]) >= len(longest["output"]) / 2}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (True, "yes"), (0.0, "0"), (-3.30611, "−3.306"), (2352, "2,352"), (1234567.8, "1,234,568")],
+)
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def test_texts():
+    assert alike(4.1433, 0.8372, -3.3061) == ["4.143", "0.837", "−3.306"]
+    assert alike(0.0, 0.0) == ["0.0", "0.0"]
+    assert (seconds(9.83), seconds(125), seconds(7325)) == ("9.83 s", "2 min 05 s", "2 h 02 min")
+    assert (size(512), size(1 << 20)) == ("512 bytes", "1 MiB")
+    assert clip("abc", 2) == "ab… (3 characters)"
+    assert visible("a\u202eb\x1b[0m") == r"a\u202eb\u001b[0m"
+
+
+def card(folder, inputs, report=None, relation="adapter"):
+    write_card(folder, report or hostile_report(), inputs, relation)
+    text = (folder / "README.md").read_text()
+    return text.split("---\n", 2)[1], text.split("---\n", 2)[2]
 
 
 def test_card_escapes_markdown_and_names_only_hub_ids(tmp_path):
@@ -86,12 +170,34 @@ def test_card_escapes_markdown_and_names_only_hub_ids(tmp_path):
         ResolvedInput("model", "model", "org/base@main", (), "a" * 64, 1, revision="abc"),
         ResolvedInput("rows.0", "rows", "/home/me/[click](javascript:x)|<b>.jsonl", (), "b" * 64, 1),
     ]
-    write_card(tmp_path, hostile_report(), inputs, "adapter")
-    text = (tmp_path / "README.md").read_text()
-    front, body = text.split("---\n")[1], text.split("---\n", 2)[2]
-    assert "base_model:\n- org/base" in front or "base_model: [org/base]" in front
-    assert "base_model_relation: adapter" in front
-    assert "/home/me" not in front
+    front, body = card(tmp_path, inputs)
+    assert YAML(typ="safe").load(front) == {
+        "tags": ["honeloom"], "library_name": "peft", "base_model": ["org/base"], "base_model_relation": "adapter",
+    }  # fmt: skip
+    assert "/home/me" not in front + body
     assert "<b>" not in body
     assert "<script>" not in body
     assert r"\[click\]" in body
+
+
+def test_card_says_the_verdict_warnings_numbers_and_licence_in_order(tmp_path):
+    _, body = card(tmp_path, [])
+    order = ["is better than", "## Warnings", "## Measured", "## Verified", "## Made from", "Licence"]
+    places = [body.index(part) for part in order]
+    assert places == sorted(places)
+    assert "4.000 → **3.000** nats/token" in body
+    assert "x" * 1000 not in body
+
+
+@pytest.mark.parametrize("name", ["a: b", "- a", "'", "&x", "no", "1e3", "<b>"])
+def test_front_matter_is_valid_whatever_the_names(tmp_path, name):
+    inputs = [SimpleNamespace(place="rows.0", kind="rows", value=f"org/{name}", fingerprint="c" * 64, revision="r")]
+    front, _ = card(tmp_path, inputs, relation=None)
+    assert YAML(typ="safe").load(front) == {"tags": ["honeloom"], "datasets": [f"org/{name}"]}
+
+
+def test_table_cells_of_the_card_stay_in_their_columns(tmp_path):
+    _, body = card(tmp_path, [])
+    table = [line for line in body.splitlines() if line.startswith("| loss |")]
+    assert len(table) == len(HOSTILE) + 1
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in table)

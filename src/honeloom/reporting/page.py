@@ -6,7 +6,6 @@ import base64
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,30 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from honeloom import __version__
-from honeloom.reporting.panel import Panel
+from honeloom.reporting import text
 from honeloom.reporting.panels import PANELS
+from honeloom.reporting.parts import overall_verdict, read_parts
+from honeloom.reporting.records import read_records
 from honeloom.reporting.run_panels import headline_panel
 from honeloom.runs.atomic import write_bytes
 from honeloom.types.report import Report
 
 __all__ = ["environment", "write_page"]
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 def environment() -> Environment:
     """The jinja2 environment of pages and cards: autoescaping, undefined names are errors."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
     env = Environment(
-        loader=loader,
+        loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         autoescape=select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters["number"] = _number
+    for name in ("clip", "code", "number", "plural", "seconds", "size"):
+        env.filters[name] = getattr(text, name)
     env.filters["island"] = _island
     return env
 
@@ -51,16 +54,31 @@ def write_page(folder: Path, report: Report) -> Path | None:
     library = _plotly()
     if library is None:
         return None
-    sections = list(_sections(folder, report))
-    draw = (Path(__file__).parent / "templates" / "draw.js").read_text()
+    parts = read_parts(folder, report)
+    panels = {
+        p.anchor: [panel for make in PANELS.get(p.report.verb, ()) if (panel := make(p.folder, p.report))]
+        for p in parts
+    }
+    is_run = report.verb == "run"
+    stages = [(p.title, p.report) for p in parts] if is_run else []
+    headline = headline_panel(stages)
+    charts = [panel for some in panels.values() for panel in some] + ([headline] if headline else [])
+    library = library if any(p.figure for p in charts) else ""
+    draw = (TEMPLATES / "draw.js").read_text(encoding="utf-8") if library else ""
     page = (
         environment()
         .get_template("report.html")
         .render(
             report=report,
             version=__version__,
-            sections=sections,
-            library=library if any(p.figure for _, _, panels in sections for p in panels) else "",
+            verdict=overall_verdict(report, parts),
+            parts=parts,
+            panels=panels,
+            is_run=is_run,
+            headline=headline,
+            records=read_records(folder, report, stages),
+            style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+            library=library,
             draw=draw,
             policy=_policy(library, draw),
         )
@@ -70,49 +88,22 @@ def write_page(folder: Path, report: Report) -> Path | None:
     return path
 
 
-def _sections(folder: Path, report: Report) -> Iterator[tuple[str, Report, list[Panel]]]:
-    """(title, report, panels) of the page: the run's headline and then every stage, or the stage alone."""
-    if report.verb != "run":
-        yield report.verb, report, _panels(folder, report)
-        return
-    stages = []
-    for stage in report.details["stages"]:
-        place = folder / "stages" / Path(stage["out"]).name
-        stages.append((stage, place, Report.from_json(json.loads((place / "report.json").read_bytes()))))
-    headline = headline_panel([(s["name"], r) for s, _, r in stages])
-    yield "before and after", report, [headline] if headline else []
-    for stage, place, inner in stages:
-        yield f"{stage['name']}: {stage['verb']}", inner, _panels(place, inner)
-
-
-def _panels(folder: Path, report: Report) -> list[Panel]:
-    return [p for make in PANELS[report.verb] if (p := make(folder, report)) is not None]
-
-
 def _plotly() -> str | None:
     spec = importlib.util.find_spec("plotly")
     if spec is None or not spec.submodule_search_locations:
         return None
-    return (Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js").read_text()
+    return (Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _policy(*scripts: str) -> str:
     """A content security policy that runs these scripts and nothing else, and loads nothing."""
-    digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join(f"'sha256-{d}'" for d in digests)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts if s]
+    allowed = " ".join(f"'sha256-{d}'" for d in digests) or "'none'"
     nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
     return f"{nothing}; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 def _island(value: Any) -> Any:
     """JSON for a <script type="application/json"> element: "<" cannot end it, separators cannot break it."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    document = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    return Markup(document.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

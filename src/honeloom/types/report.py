@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
+
+from honeloom.types.views import html_table, plain, short, text_table
 
 __all__ = ["Artefact", "Check", "Cost", "Metric", "Report"]
 
 SCHEMA = "honeloom.report/1"
+_DOMAINS_SHOWN = 40
+_MAIN = ("loss", "accuracy", "train_loss_last")
 ArtefactKind = Literal["model", "adapter", "rows", "scores", "gguf", "run"]
 
 
@@ -62,7 +67,7 @@ class Cost:
     peak_rss_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """The content of `report.json`; verbs return it.
 
@@ -122,17 +127,90 @@ class Report:
             raise ValueError(f"{self.verb} wrote no artefact; pass output_dir to keep its result")
         return Path(self.artefact.path)
 
-    def _repr_html_(self) -> str:
-        """Table view for notebooks."""
-        from html import escape
+    def __repr__(self) -> str:
+        """One line: status, main number, claims, place."""
+        parts = [f"{self.verb} {self.status}"]
+        overall = {m.name: m for m in self._main_metrics() if m.domain in (None, "all")}
+        main = next((overall[n] for n in (*_MAIN, *reversed(overall)) if n in overall), None)
+        if main is not None:
+            parts.append(plain(f"{main.name} {short(main.value)} {main.unit}"))
+        parts.append(self._claims())
+        if self.warnings:
+            parts.append(f"{len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}")
+        return f"<Report {', '.join(parts)}{f', {self._place()}' if self.out else ''}>"
 
-        head = f"<b>{escape(self.verb)}</b> {escape(self.status)} {escape(self.out or '')}"
-        rows = "".join(
-            f"<tr><td>{escape(m.name)}</td><td>{escape(m.domain or '')}</td><td>{m.value:.4g}</td>"
-            f"<td>{escape(m.unit)}</td></tr>"
-            for m in self.metrics
-        )
-        return f"{head}<table>{rows}</table>" if rows else head
+    def __str__(self) -> str:
+        """Warnings, metrics and verification as text."""
+        lines = [f"{self.verb} {self.status}{f': {self._place()}' if self.out else ''}"]
+        lines += [f"warning: {plain(w)}" for w in self.warnings]
+        lines += [plain(s) for s in self._sentences()]
+        if self._main_metrics():
+            lines.append(text_table(*_metric_table(self._main_metrics())))
+        return "\n".join([*lines, *(_failure(c) for c in self.verification if not c.passed), self._claims()])
+
+    def _repr_html_(self) -> str:
+        """Table view for notebooks: warnings first, then numbers and claims; every text escaped."""
+        mark = "reused" if self.reused else self.status
+        parts = [f"<p><b>{escape(self.verb)}</b> {escape(mark)}{escape(f' · {self._place()}' if self.out else '')}</p>"]
+        if self.warnings:
+            parts.append("<ul>" + "".join(f"<li>Warning: {escape(w[:600])}</li>" for w in self.warnings) + "</ul>")
+        parts += [f"<p>{escape(s)}</p>" for s in self._sentences()]
+        if self._main_metrics():
+            parts.append(html_table(*_metric_table(self._main_metrics())))
+        if self.verification:
+            rows = [(c.claim, c.value, c.limit, "yes" if c.passed else "NO") for c in self.verification]
+            parts.append(html_table(("verified claim", "measured", "limit", "held"), rows))
+        return "".join(parts)
+
+    def _place(self) -> str:
+        """The output as seen from the working directory, where it lies below."""
+        out, here = Path(self.out or ""), Path.cwd()
+        return str(out.relative_to(here) if out.is_relative_to(here) else out)
+
+    def _sentences(self) -> list[str]:
+        """What was compared, in words; and how many domains the table leaves out."""
+        against = self.details.get("against")
+        compared = [against["sentence"]] if against else list(self.details.get("comparisons", ()))
+        domains = len({m.domain for m in self._main_metrics()})
+        left_out = f"{_DOMAINS_SHOWN} of {domains} domains:" if domains > _DOMAINS_SHOWN else ""
+        return [*compared, *([left_out] if left_out else [])]
+
+    def _main_metrics(self) -> list[Metric]:
+        """All metrics; of a run, the main one of every evaluation."""
+        if self.verb != "run":
+            return list(self.metrics)
+        stages = {s["name"] for s in self.details.get("stages", ()) if s["verb"] == "evaluate"}
+        measured = [m for m in self.metrics if m.name.partition("/")[0] in stages]
+        kinds = [m.name.partition("/")[2] for m in measured]
+        return [m for m, kind in zip(measured, kinds, strict=True) if kind == kinds[0]]
+
+    def _claims(self) -> str:
+        held = sum(c.passed for c in self.verification)
+        return f"{held} of {len(self.verification)} claims hold" if self.verification else "nothing was verified"
+
+
+def _metric_table(metrics: Sequence[Metric]) -> tuple[list[str], list[list[object]]]:
+    """One row per domain, totals first; per metric its value and, where there is any, its standard error."""
+    names = list(dict.fromkeys(m.name for m in metrics))
+    cells = {(m.name, m.domain): m for m in reversed(metrics)}
+    totals = [d for d in (None, "all", "macro") if any((n, d) in cells for n in names)]
+    domains = [*totals, *dict.fromkeys(m.domain for m in metrics if m.domain not in totals)]
+    columns, parts = ["domain"], []
+    for name in names:
+        mine = [m for m in metrics if m.name == name]
+        fields = ("value", "stderr") if any(m.stderr is not None for m in mine) else ("value",)
+        columns += [f"{name} ({mine[0].unit})", "±"][: len(fields)]
+        parts += [(name, f) for f in fields]
+    rows: list[list[object]] = []
+    for domain in domains[:_DOMAINS_SHOWN]:
+        values = [getattr(cells.get((name, domain)), field, None) for name, field in parts]
+        counts = [cells[name, domain].n for name in names if (name, domain) in cells]
+        rows.append([domain or "all", *values, counts[0]])
+    return [*columns, "n"], rows
+
+
+def _failure(check: Check) -> str:
+    return plain(f"FAIL {check.claim}: {short(check.value)} (limit {short(check.limit)})")
 
 
 def _finite(value: Any) -> Any:

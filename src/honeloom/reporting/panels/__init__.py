@@ -8,6 +8,7 @@ from pathlib import Path
 from honeloom.reporting.panel import Panel
 from honeloom.reporting.panels.comparison import comparison_panel
 from honeloom.reporting.panels.importance import importance_panel
+from honeloom.reporting.panels.kept_rows import kept_rows_panel
 from honeloom.reporting.panels.loss_curve import loss_curve_panel
 from honeloom.reporting.panels.metrics import metrics_panel
 from honeloom.reporting.panels.scores import kept_panel, scores_panel
@@ -16,9 +17,9 @@ from honeloom.types.report import Report
 __all__ = ["PANELS"]
 
 PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
-    "select": (scores_panel, kept_panel),
+    "select": (scores_panel, kept_panel, kept_rows_panel),
     "tune": (loss_curve_panel,),
     "merge": (),
     "drop": (importance_panel,),
-    "evaluate": (metrics_panel, comparison_panel),
+    "evaluate": (comparison_panel, metrics_panel),
 }

@@ -1,0 +1,190 @@
+"""The head of a page: what was made, whether it verified, and its main number, in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from honeloom.reporting.records import Inputs
+from honeloom.reporting.text import alike, clip, name, number, plural, size
+from honeloom.types.report import Metric, Report
+
+__all__ = ["Figure", "Verdict", "describe", "describe_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The main number: `before` is empty where nothing was compared; `remark` has the interval."""
+
+    label: str
+    after: str
+    unit: str = ""
+    before: str = ""
+    remark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a stage or run says of itself, and further facts as (name, text)."""
+
+    sentence: str
+    figure: Figure | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+def describe(report: Report, inputs: Inputs) -> Verdict:
+    """The verdict of one stage."""
+    tell = _TELLERS.get(report.verb)
+    return tell(report, inputs) if tell else Verdict(f"{report.verb} ended {report.status}.")
+
+
+def describe_run(stages: Sequence[tuple[Report, Verdict]]) -> Verdict:
+    """The verdict of a run: how many stages, and its last comparison or else its last evaluation."""
+    evaluations = [(r, v) for r, v in stages if r.verb == "evaluate" and r.metrics]
+    compared = [(r, v) for r, v in evaluations if r.details.get("against")]
+    ran = f"{plural(len(stages), 'stage')} ran"
+    if not evaluations:
+        return Verdict(f"{ran}.")
+    _, told = (compared or evaluations)[-1]
+    return Verdict(f"{ran}: {told.sentence.replace('No clear', 'no clear', 1)}", told.figure)
+
+
+def _name(inputs: Inputs, place: str, otherwise: str) -> str:
+    return name(inputs[place]) if place in inputs else otherwise
+
+
+def _evaluate(report: Report, inputs: Inputs) -> Verdict:
+    model = _name(inputs, "model", "The model")
+    facts = []
+    overlap = report.details.get("overlap")
+    if overlap and overlap.get("training_questions_known"):
+        facts.append(("rows seen in training", number(overlap["rows"])))
+    against = report.details.get("against")
+    if against:
+        sentence, figure = _compared(report, against, model, inputs)
+    else:
+        sentence, figure = f"{model} was measured.", _measured(report)
+        if "rows" in report.details:
+            sentence = f"{model} was measured on {plural(report.details['rows'], 'row')}."
+    return Verdict(sentence, figure, tuple(facts))
+
+
+def _overall(report: Report, kind: str) -> Metric | None:
+    found = [m for m in report.metrics if m.name == kind and m.value is not None]
+    return next((m for m in found if m.domain in (None, "all")), None)
+
+
+def _measured(report: Report) -> Figure | None:
+    kind = next((m.name for m in report.metrics if m.name == "loss"), report.metrics[0].name if report.metrics else "")
+    main = _overall(report, kind)
+    if main is None:
+        return None
+    if main.stderr is None:
+        return Figure(main.name, number(main.value), main.unit)
+    value, low, high = alike(main.value, main.value - 1.96 * main.stderr, main.value + 1.96 * main.stderr)
+    return Figure(main.name, value, main.unit, remark=f"95% interval {low} to {high}")
+
+
+def _compared(report: Report, against: Mapping[str, Any], model: str, inputs: Inputs) -> tuple[str, Figure | None]:
+    other = _name(inputs, "against", name(against["model"]))
+    metric, difference = against["metric"], against["difference"]
+    low, high = against["ci95"]
+    main = _overall(report, metric)
+    better = (difference > 0) == (main.higher_is_better if main else metric == "accuracy")
+    sentence = f"{model} is {'better' if better else 'worse'} than {other}."
+    if low <= 0 <= high:
+        sentence = f"No clear difference between {model} and {other}."
+    comparable = main is not None and not against["unmatched"]
+    now = main.value if main and comparable else difference
+    after, before, gap, *ends = alike(now, now - difference, difference, low, high)
+    remark = f"95% interval {ends[0]} to {ends[1]}, over the same {plural(against['n'], 'row')}"
+    unit = main.unit if main else ""
+    if not comparable:
+        return sentence, Figure(f"{metric} of {model}, less that of {other}", gap, unit, remark=remark)
+    return sentence, Figure(f"{metric}: {other}, then {model}", after, unit, before, f"difference {gap}, {remark}")
+
+
+def _select(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    share = d["rows_kept"] / d["rows_usable"] if d["rows_usable"] else 0.0
+    rejected = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in d["rejected"].items())
+    return Verdict(
+        f"{d['rows_kept']:,} of {plural(d['rows_usable'], 'usable row')} were kept, chosen by {d['method']}.",
+        Figure("share of the usable rows", f"{share:.1%}"),
+        (("rows read", number(d["rows_in"])), ("left out before scoring", rejected or "none")),
+    )
+
+
+def _tune(report: Report, inputs: Inputs) -> Verdict:
+    d, model = report.details, _name(inputs, "model", "the model")
+    what = "A LoRA adapter of" if report.artefact and report.artefact.kind == "adapter" else "All weights of"
+    verb = "was" if what.startswith("A LoRA") else "were"
+    first, last = _overall(report, "train_loss_first"), _overall(report, "train_loss_last")
+    figure = None
+    if first and last:
+        remark = f"mean of the first and the last {plural(last.n, 'step')}, on the rows trained on: no held-out measure"
+        before, after = alike(first.value, last.value)
+        figure = Figure("training loss", after, last.unit, before, remark)
+    return Verdict(
+        f"{what} {model} {verb} trained on {plural(d['rows'], 'row')} in {plural(d['steps'], 'step')}.",
+        figure,
+        (
+            ("tokens", number(d["tokens"])),
+            ("share of them trained as answers", f"{d['label_share']:.1%}"),
+            ("trained weights", number(d["trainable_parameters"])),
+        ),
+    )
+
+
+def _merge(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    models = list(dict.fromkeys(v for k, v in inputs.items() if k.startswith("models.")))
+    named = ", ".join(name(m) for m in models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "")
+    base = f" into {_name(inputs, 'base_model', '')}" if "base_model" in inputs else ""
+    facts = [("method", clip(d["method"])), ("config and tokenizer from", clip(d["donor"]))]
+    if d.get("lost_delta_fraction") is not None:
+        facts.append(("share of the difference lost to rounding", f"{d['lost_delta_fraction']:.2%}"))
+    facts += [("read", size(d["bytes_read"])), ("written", size(d["bytes_written"]))]
+    verb = "was" if len(models) == 1 else "were"
+    return Verdict(f"{named or 'The models'} {verb} merged{base} by {clip(d['method'])}.", None, tuple(facts))
+
+
+def _drop(report: Report, inputs: Inputs) -> Verdict:
+    d, plan = report.details, report.details["plan"]
+    nouns = (("attention", "the attention"), ("mlp", "the MLP"), ("block", "the whole block"))
+    parts = [f"{noun} of {_layers(plan[k])}" for k, noun in nouns if plan[k]]
+    sentence = f"{_name(inputs, 'model', 'The model')} lost {' and '.join(parts) or 'nothing'}."
+    names = {
+        "params": "parameters",
+        "kv_bytes_per_token": "cache per token (bytes)",
+        "flops_per_token": "operations per token",
+    }
+    facts = [(label, _change(d[k])) for k, label in names.items() if k in d]
+    if plan["profile"] == "zero":
+        facts.append(("profile", "zero (shapes and cost stay)"))
+    else:
+        facts.append(("profile", clip(plan["profile"])))
+    return Verdict(sentence, None, (*facts, ("opens in", ", ".join(d["loads_in"]))))
+
+
+def _layers(which: Sequence[int]) -> str:
+    if len(which) > 6:
+        return f"{len(which)} layers"
+    if len(which) == 1:
+        return f"layer {which[0]}"
+    return f"layers {', '.join(map(str, which[:-1]))} and {which[-1]}"
+
+
+def _change(cost: Mapping[str, Any]) -> str:
+    before, after = number(cost["before"]), number(cost["after"])
+    return f"{after} (unchanged)" if before == after else f"{before} → {after}"
+
+
+_TELLERS: dict[str, Callable[[Report, Inputs], Verdict]] = {
+    "select": _select,
+    "tune": _tune,
+    "merge": _merge,
+    "drop": _drop,
+    "evaluate": _evaluate,
+}
