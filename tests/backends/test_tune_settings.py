@@ -1,5 +1,7 @@
 """Settings that change memory and speed must not change what is learned."""
 
+import json
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -171,3 +173,42 @@ def test_tuning_in_16_bits_keeps_adapters_in_32(tmp_path, tiny_model, rows):
     assert report.status == "ok"
     model = honeloom.load_model(report.out)
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+
+
+def test_texts_longer_than_the_limit_can_be_tuned_on(tmp_path, tiny_model):
+    """A text has no turns: that all of them are cut is told, and is no failure."""
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": t * 40}) + "\n" for t in ("Once upon a time. ", "A sea and a ship. ")))
+    report = honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, max_length=16)
+    assert report.status == "ok"
+    assert not [c for c in report.verification if "turn end" in c.claim]
+    assert any("2 rows were cut at 16 tokens" in w for w in report.warnings)
+
+
+def test_a_tracker_changes_no_key_and_leaves_stdout_alone(tmp_path, tiny_model, rows, capsys, monkeypatch):
+    from transformers import TrainerCallback
+
+    class Loud(TrainerCallback):
+        def __init__(self):
+            self.logging_dir = None
+
+        def on_log(self, args, state, control, **kwargs):
+            print("a tracker speaks")
+
+    monkeypatch.setattr(tuning, "TensorBoardCallback", Loud)
+    told = honeloom.tune(
+        tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, report_to=["tensorboard"], device="cpu"
+    )
+    assert capsys.readouterr().out == ""
+    again = honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, device="cpu")
+    assert told.status == "ok"
+    assert again.reused
+
+
+def test_a_missing_tracker_is_named(tmp_path, tiny_model, rows, monkeypatch):
+    def absent():
+        raise RuntimeError("TensorBoardCallback requires tensorboard to be installed")
+
+    monkeypatch.setattr(tuning, "TensorBoardCallback", absent)
+    with pytest.raises(ConfigError, match="report_to: TensorBoardCallback requires tensorboard"):
+        honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, report_to=["tensorboard"])

@@ -3,15 +3,12 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import honeloom
@@ -349,32 +346,3 @@ def test_models_of_other_tokenizers_are_compared_per_character(tmp_path):
     )
     assert against["unmatched"] == 0
     assert against["difference"] == pytest.approx(mine - theirs, abs=1e-9)
-
-
-def test_only_tune_spreads_over_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="evaluate works in one process, and WORLD_SIZE is 2; only tune"):
-        honeloom.evaluate("lab:base", rows="lab:dev", limit=2)
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one(tmp_path):
-    """Two processes with batches of 4 take the steps of one with batches of 8.
-
-    With SGD: AdamW divides by gradients that are near zero at first and makes rounding visible.
-    """
-    settings = ["lab:base", "lab:dev", "--max-steps", "4", "--optimizer", "sgd", "--lr", "0.1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "honeloom"]
-    command = [*launch, "tune", *settings, "--batch-size", "4", "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "two")
-    assert done.stdout.count(str(tmp_path / "two")) == 1  # only the leading process speaks
-    honeloom.tune(
-        "lab:base", "lab:dev", max_steps=4, optimizer="sgd", lr=0.1, batch_size=8, output_dir=tmp_path / "one"
-    )
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
-    assert max(float(one[k].abs().max()) for k in one if "lora_B" in k) > 1e-3
-    assert honeloom.verify(tmp_path / "two").status == "ok"
-    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -11,11 +12,14 @@ from typing import Any
 
 import torch
 
-from honeloom.errors import ConfigError, OutOfMemoryError
+from honeloom.errors import ConfigError, HoneloomError, OutOfMemoryError
 from honeloom.runs.processes import local_rank
 from honeloom.system import available_memory
 
-__all__ = ["DTYPES", "choose_device", "choose_dtype", "describe_devices", "free_memory", "memory_guard", "wait_for_all"]
+__all__ = [
+    "DTYPES", "choose_device", "choose_dtype", "describe_devices", "free_memory", "memory_guard", "release_memory",
+    "wait_for_all",
+]  # fmt: skip
 
 # What torch says: "Tried to allocate 2.00 GiB" on a GPU, "you tried to allocate 123 bytes" on the host.
 _WANTED = re.compile(r"ried to allocate ([\d.]+) (\w+)")
@@ -82,10 +86,20 @@ def memory_guard(device: torch.device, doing: str, advice: Sequence[str]) -> Ite
         ) from None
 
 
+def release_memory() -> None:
+    """Give back what freed tensors still hold."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def wait_for_all() -> None:
-    """Wait until every process of a spread job is here, then part."""
+    """Wait until every process of a spread job is here, then part; HoneloomError if one of them ended before."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            raise HoneloomError("another process of this job ended early; its own message says why") from None
         torch.distributed.destroy_process_group()
 
 

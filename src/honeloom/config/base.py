@@ -21,6 +21,7 @@ __all__ = [
     "InputKind",
     "LoadIn",
     "ModelInput",
+    "NoResultMark",
     "OptionalFolderInput",
     "OptionalModelInput",
     "RowsConfig",
@@ -47,6 +48,11 @@ class InputMark:
     """Marks a field whose value names something to read, so that keys depend on its content."""
 
     kind: InputKind
+
+
+@dataclass(frozen=True, slots=True)
+class NoResultMark:
+    """Marks a field that changes what a person sees on the way but not the result, so keys leave it out."""
 
 
 def _as_text(value: Any) -> Any:

@@ -17,7 +17,7 @@ from honeloom.runs.atomic import commit_point, fsync_dir, remove_temporaries, re
 from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import Problem, find_damage, load_manifest, write_manifest
 
-__all__ = ["Mode", "Output", "is_complete", "locate", "open_output", "work_folder"]
+__all__ = ["Mode", "Output", "is_complete", "locate", "open_output", "published_name", "work_folder"]
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -167,6 +167,11 @@ def _make_parent(out: Path) -> None:
 def work_folder(out: Path, key: str) -> Path:
     """Where the work named by `key` is done before it stands at `out`."""
     return out.with_name(f".{out.name}.partial-{key}")
+
+
+def published_name(work: Path) -> str:
+    """Name that a work folder will have once it is published."""
+    return work.name.removeprefix(".").partition(".partial-")[0]
 
 
 def _prepare(out: Path, key: str, verb: str, mode: Mode) -> Output:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["local_rank", "rank", "world_size"]
+__all__ = ["local_rank", "rank", "sharded", "world_size"]
 
 
 def world_size() -> int:
@@ -20,3 +20,8 @@ def rank() -> int:
 def local_rank() -> int:
     """Number of this process on its machine: the device it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def sharded() -> bool:
+    """Whether accelerate was told to lay one model over the processes (FSDP) rather than copy it to each."""
+    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from honeloom.config.base import VerbConfig, collect_inputs
+from honeloom.config.base import NoResultMark, VerbConfig, collect_inputs
 from honeloom.config.load import dump_yaml
 from honeloom.errors import ConfigError, VerificationError
 from honeloom.registry import family, load_target
@@ -88,6 +88,9 @@ def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
     verb = VERBS[verb_name]
     inputs = {f.place: resolver.resolve(f) for f in collect_inputs(config)}
     neutral = config.model_dump(mode="json")
+    for name, info in type(config).model_fields.items():
+        if any(isinstance(m, NoResultMark) for m in info.metadata):
+            del neutral[name]
     for place in inputs:
         _blank(neutral, place.split("."))
     settings = {"method_versions": _method_versions(verb, config), **neutral}

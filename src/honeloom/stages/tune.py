@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from honeloom.backends.devices import choose_device, choose_dtype
+from honeloom.backends.devices import DTYPES, choose_device, choose_dtype, release_memory
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.compare import logits_gap, packing_leak
+from honeloom.backends.hf.compare import largest_gap, packing_leak, row_logits
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.local_steps import restore_trainable
 from honeloom.backends.hf.tune import Trained, add_lora, train, unfreeze
 from honeloom.checkpoint.folders import copy_tokenizer, discard, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError, RowsError, SourceError
+from honeloom.planning import FSDP_PROFILE
+from honeloom.runs.output import published_name
+from honeloom.runs.processes import sharded
 from honeloom.stages.row_records import write_training_rows
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.tuning.config import LoraMethodConfig, TuneConfig
 from honeloom.types.report import Check, Metric
 
-__all__ = ["execute"]
+__all__ = ["execute", "require_shardable"]
 
 
 def execute(work: Work[TuneConfig]) -> Outcome:
@@ -38,16 +43,15 @@ def execute(work: Work[TuneConfig]) -> Outcome:
             f"{found.value} is an adapter; merge it into its base first "
             "(task_arithmetic with weight 1 gives a full model)"
         )
-    compute = choose_dtype(config.dtype, choose_device(config.device))
+    require_shardable(config)
     full = config.method.type == "full"
     if full:
         refuse_quantised(found.paths[0], "tune --method full")
-    loading = Loading.of(config)
-    # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
-    source = load_model(found.paths[0], loading=replace(loading, dtype="fp32") if full else loading)
-    encoder = Encoder(tokenizer, token_limit(source.config, tokenizer, config.max_length), train=True)
-    kept, encoded = _encode(work, rows, encoder)
-    model = _prepare(source, config)
+    device = choose_device(config.device)
+    compute = choose_dtype(config.dtype, device)
+    model = _prepare(work, sharded())
+    encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
+    kept, encoded, turn_ends = _encode(work, rows, encoder)
     if config.packing and config.load_in != "8bit":  # whose rounding depends on the whole batch, packed or padded
         _require_packing(model, encoded, found.value)
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
@@ -57,35 +61,67 @@ def execute(work: Work[TuneConfig]) -> Outcome:
         config,
         work.dir / "checkpoints",
         work.log,
+        device=device,
+        name=published_name(work.dir),
         autocast=None if compute is torch.float32 else compute,
     )
+    probes = [list(e.ids) for e in encoded[:4]]
+    checks: tuple[Check, ...] = ()
+    if sharded():
+        in_shards = row_logits(model.eval(), probes, device)  # every process takes part
+        if work.leads:
+            model = _assemble(work, trained)
+            checks = (_check_logits("the assembled weights give the sharded model's logits", in_shards, model, probes),)
     if not work.leads:
         return Outcome("model" if full else "adapter")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _save(work, model, compute if full else None)
     write_training_rows(work.dir, rows.take([kept[i] for i in trained.seen]))
-    checks = _verify(work, model, encoded)
+    logits = row_logits(model, probes)
+    del model  # one model at a time: a second copy may not fit
+    release_memory()
+    checks += _verify(work, logits, probes, turn_ends)
     discard(work.dir / "checkpoints")
-    return Outcome(
-        "adapter" if config.method.type == "lora" else "model",
-        metrics=_metrics(trained),
-        checks=checks,
-        details={
-            "steps": trained.steps,
-            "tokens": trained.tokens,
-            "label_share": trained.label_share,
-            "train_loss": sum(trained.losses) / len(trained.losses),
-            "losses": _thinned(trained.losses),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "rows": len(encoded),
-        },
-        relation="adapter" if config.method.type == "lora" else "finetune",
-    )
+    return _outcome(config, trained, checks, trainable=trainable, rows=len(encoded))
 
 
-def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[list[int], list[Encoded]]:
-    """Encode what can be trained on: positions within the rows, and the encoded rows."""
+def _outcome(config: TuneConfig, trained: Trained, checks: tuple[Check, ...], *, trainable: int, rows: int) -> Outcome:
+    lora = config.method.type == "lora"
+    details = {
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "label_share": trained.label_share,
+        "train_loss": sum(trained.losses) / len(trained.losses),
+        "losses": _thinned(trained.losses),
+        "trainable_parameters": trainable,
+        "rows": rows,
+    }
+    relation = "adapter" if lora else "finetune"
+    return Outcome("adapter" if lora else "model", ".", _metrics(trained), checks, details, relation)
+
+
+def require_shardable(config: TuneConfig) -> None:
+    """Raise ConfigError where accelerate was asked to shard what cannot be."""
+    if not sharded():
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"FSDP version {version}: only version 2 is supported; a profile for it is {FSDP_PROFILE}")
+    if config.load_in:
+        raise ConfigError(
+            f"load_in {config.load_in}: quantised weights are not sharded; launch without the FSDP profile, "
+            "then every GPU holds its own copy"
+        )
+
+
+def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[list[int], list[Encoded], list[bool]]:
+    """Encode what can be trained on: positions within the rows, the encoded rows, and whose last turn ends.
+
+    A plain text may be longer than the limit by far and has no turns, so only conversations count for the last.
+    """
     kept: list[int] = []
     encoded: list[Encoded] = []
+    turn_ends: list[bool] = []
     skipped = cut = 0
     for position, row in enumerate(work.log.track(rows, "read rows", len(rows))):
         try:
@@ -100,6 +136,7 @@ def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[lis
         if item.targets:
             kept.append(position)
             encoded.append(item)
+            turn_ends += [item.ends] if row.kind == "chat" else []
         else:
             skipped += 1
     if not encoded:
@@ -107,8 +144,8 @@ def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[lis
     if skipped:
         work.log.warn(f"{skipped} rows have nothing to train within {encoder.max_length} tokens; left out")
     if cut:
-        work.log.warn(f"{cut} rows were cut at {encoder.max_length} tokens and do not train their turn end")
-    return kept, encoded
+        work.log.warn(f"{cut} rows were cut at {encoder.max_length} tokens and do not train their end")
+    return kept, encoded, turn_ends
 
 
 def _require_packing(model: Any, encoded: Sequence[Encoded], name: str) -> None:
@@ -121,11 +158,31 @@ def _require_packing(model: Any, encoded: Sequence[Encoded], name: str) -> None:
         )
 
 
-def _prepare(model: Any, config: TuneConfig) -> Any:
-    method = config.method
+def _prepare(work: Work[TuneConfig], on_host: bool) -> Any:
+    """The model as training begins; on the host if its shards go to the devices from there."""
+    config, method = work.config, work.config.method
+    loading = Loading.of(config)
+    if on_host:
+        loading = replace(loading, device="cpu", dtype=_dtype_name(config))
     if isinstance(method, LoraMethodConfig):
+        model = load_model(work.model(), loading=loading)
         return add_lora(model, seed=config.seed, **method.model_dump(exclude={"type"}))
-    return unfreeze(model)
+    # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
+    return unfreeze(load_model(work.model(), loading=replace(loading, dtype="fp32")))
+
+
+def _dtype_name(config: TuneConfig) -> str:
+    """What `auto` means on the device that computes."""
+    compute = choose_dtype(config.dtype, choose_device(config.device))
+    return next(name for name, dtype in DTYPES.items() if dtype is compute)
+
+
+def _assemble(work: Work[TuneConfig], trained: Trained) -> Any:
+    """The whole trained model on the leading process."""
+    model = _prepare(work, on_host=True)
+    assert trained.gathered is not None  # the leading process of a sharded job has it
+    restore_trainable(model, trained.gathered)
+    return model.to(choose_device(work.config.device)).eval()
 
 
 def _save(work: Work[TuneConfig], model: Any, dtype: torch.dtype | None) -> None:
@@ -145,14 +202,20 @@ def _save(work: Work[TuneConfig], model: Any, dtype: torch.dtype | None) -> None
     copy_tokenizer(found.paths[0], work.dir)
 
 
-def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded]) -> tuple[Check, ...]:
+def _check_logits(claim: str, expected: list[torch.Tensor], model: Any, rows: list[list[int]]) -> Check:
+    gap = largest_gap(expected, row_logits(model, rows))
+    return Check(f"{claim} (largest difference)", gap, 1e-4, gap <= 1e-4)
+
+
+def _verify(
+    work: Work[TuneConfig], logits: list[torch.Tensor], probes: list[list[int]], turn_ends: list[bool]
+) -> tuple[Check, ...]:
     """Load the saved files again and compare logits with the model that was trained; count what changed."""
     found, config = work.inputs["model"], work.config
     base = found.paths[0] if config.method.type == "lora" else None
     again = load_model(work.dir, base=base, loading=Loading.of(config))
-    gap = logits_gap(model, again, [list(e.ids) for e in encoded[:4]])
-    ends = sum(e.ends for e in encoded) / len(encoded)
-    if ends < 0.5:
+    ends = sum(turn_ends) / max(1, len(turn_ends))
+    if turn_ends and ends < 0.5:
         work.log.warn(f"only {ends:.0%} of the rows train their turn end; raise --max-length")
     changed = _changed_share(work)
     if config.method.type == "full" and changed < 0.5:
@@ -160,11 +223,10 @@ def _verify(work: Work[TuneConfig], model: Any, encoded: list[Encoded]) -> tuple
             f"only {changed:.0%} of the written weights differ from the source: most changes are smaller than the "
             "number type can express; --dtype fp32 keeps them"
         )
-    return (
-        Check("the saved files give the trained model's logits (largest difference)", gap, 1e-4, gap <= 1e-4),
-        Check("share of rows whose turn end is trained", ends, 0.0, ends > 0),
-        Check("share of the trained weights that changed", changed, 0.0, changed > 0),
-    )
+    checks = [_check_logits("the saved files give the trained model's logits", logits, again, probes)]
+    if turn_ends:
+        checks.append(Check("share of conversations whose turn end is trained", ends, 0.0, ends > 0))
+    return (*checks, Check("share of the trained weights that changed", changed, 0.0, changed > 0))
 
 
 def _changed_share(work: Work[TuneConfig]) -> float:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from honeloom.config.base import Attention, Config, LoadIn, ModelInput, RowsConfig, RowsInput
+from honeloom.config.base import Attention, Config, LoadIn, ModelInput, NoResultMark, RowsConfig, RowsInput
 from honeloom.config.methods import MethodConfig, default_type
 
 __all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
@@ -81,7 +81,9 @@ class TuneConfig(RowsConfig):
     )
     group_by_length: bool = Field(False, description="Batch rows of similar length: less padding, another row order.")
     checkpoint_every: int = Field(200, gt=0, description="Optimizer steps between resumable checkpoints.")
-    report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = ()
+    report_to: Annotated[tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...], NoResultMark()] = Field(
+        (), description="Trackers that get the loss of every step."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TuneConfig:

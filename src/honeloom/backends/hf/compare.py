@@ -7,19 +7,25 @@ from typing import Any
 
 import torch
 
-__all__ = ["finite_logits", "logits_gap", "packing_leak", "probe_ids"]
+__all__ = ["finite_logits", "largest_gap", "logits_gap", "packing_leak", "probe_ids", "row_logits"]
 
 
 @torch.inference_mode()
+def row_logits(model: Any, rows: Sequence[Sequence[int]], device: torch.device | None = None) -> list[torch.Tensor]:
+    """Logits (T, V) of some rows of token ids, in fp32 on the host; `device` where the model's is not its input's."""
+    where = device or model.device
+    return [model(input_ids=torch.tensor([row], device=where), use_cache=False).logits[0].float().cpu() for row in rows]
+
+
+def largest_gap(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference of logits of the same rows; infinity if any is NaN."""
+    gaps = [float((a - b).abs().max()) for a, b in zip(one, other, strict=True)]
+    return max((gap if gap == gap else float("inf") for gap in gaps), default=0.0)
+
+
 def logits_gap(one: Any, other: Any, rows: Sequence[Sequence[int]]) -> float:
-    """Largest absolute difference of logits over some rows of token ids; infinity if any is NaN."""
-    gap = 0.0
-    for row in rows:
-        a = one(input_ids=torch.tensor([row], device=one.device), use_cache=False).logits.float().cpu()
-        b = other(input_ids=torch.tensor([row], device=other.device), use_cache=False).logits.float().cpu()
-        difference = float((a - b).abs().max())
-        gap = max(gap, difference if difference == difference else float("inf"))
-    return gap
+    """Largest absolute difference of two models' logits over some rows of token ids; infinity if any is NaN."""
+    return largest_gap(row_logits(one, rows), row_logits(other, rows))
 
 
 @torch.inference_mode()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from honeloom.backends.devices import memory_guard
@@ -27,7 +30,7 @@ from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.ops.noise import permutation
 from honeloom.runs.atomic import fsync_file, write_json
 from honeloom.runs.log import Log
-from honeloom.runs.processes import local_rank, world_size
+from honeloom.runs.processes import local_rank, sharded, world_size
 from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
@@ -42,13 +45,18 @@ _RECOMPUTE = next(
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training did: steps, tokens seen, share of them that were targets, losses per step, rows seen."""
+    """What training did: steps, tokens seen, share of them that were targets, losses per step, rows seen.
+
+    `gathered` is the trained state of a sharded model, whole, on the leading process alone;
+    None where the model is whole.
+    """
 
     steps: int
     tokens: int
     label_share: float
     losses: tuple[float, ...]
     seen: frozenset[int]
+    gathered: dict[str, torch.Tensor] | None = None
 
 
 def add_lora(
@@ -144,7 +152,9 @@ def train(
     folder: Path,
     log: Log,
     *,
+    device: torch.device | None = None,
     autocast: torch.dtype | None = None,
+    name: str | None = None,
 ) -> Trained:
     """Train `model` in place.
 
@@ -160,8 +170,12 @@ def train(
         For checkpoints and trainer files; the newest complete checkpoint in it is resumed.
     log : Log
         Progress, events and warnings.
+    device : torch.device, optional
+        Where to compute; by default where the model is.
     autocast : torch.dtype, optional
         bfloat16 or float16: matrix products in it, weights as they are.
+    name : str, optional
+        What trackers call the run.
 
     Raises
     ------
@@ -172,21 +186,22 @@ def train(
     group = _rows_per_step(config) if config.group_by_length else 0
     lengths = [len(e.ids) for e in encoded]
     order = row_order(len(encoded), rows_in_all(len(encoded), config), config.seed, lengths=lengths, group=group)
-    signature = {"device": model.device.type, "dtype": str(model.dtype), "autocast": str(autocast)}
+    device = device or model.device
+    signature = {"device": device.type, "dtype": str(model.dtype), "autocast": str(autocast)}
     checkpoint = newest_checkpoint(folder, log, signature)
     with deferred_signals() as pending, log.console.progress("tune", steps) as advance:
         watcher = _Watcher(folder, log, pending, advance, signature)
         trainer = _trainer(
             config=config,
             model=model,
-            args=_arguments(config, folder, steps, model.device, autocast),
+            args=_arguments(config, folder, steps, device, autocast, name),
             train_dataset=_Rows([encoded[i] for i in order]),
             data_collator=partial(collate_packed, width=max(lengths)) if config.packing else collate,
-            callbacks=[watcher],
+            callbacks=[watcher, *_tensorboard(config, folder.parent / "tensorboard")],
         )
         # Under autocast the library would copy every input of an adapter to fp32, and autocast copy it back.
         casting = disable_input_dtype_casting(model) if autocast and hasattr(model, "peft_config") else nullcontext()
-        with memory_guard(model.device, "training", _memory_advice(config)), casting:
+        with memory_guard(device, "training", _memory_advice(config)), casting, redirect_stdout(sys.stderr):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # Under autocast accelerate replaces `forward`; the caller gets the plain model back.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -196,7 +211,15 @@ def train(
     tokens = sum(len(encoded[i].ids) for i in order)
     targets = sum(encoded[i].targets for i in order)
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return Trained(steps, tokens, targets / tokens, losses, frozenset(order))
+    gathered = _gather(model) if sharded() else None
+    return Trained(steps, tokens, targets / tokens, losses, frozenset(order), gathered)
+
+
+def _gather(model: Any) -> dict[str, torch.Tensor]:
+    """The trained state of a sharded model, whole, on the host of the leading process; every process must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def _memory_advice(config: TuneConfig) -> list[str]:
@@ -214,11 +237,27 @@ def _memory_advice(config: TuneConfig) -> list[str]:
     return [*advice, f"--max-length {(config.max_length or DEFAULT_MAX_TOKENS) // 2}"]
 
 
-def _trainer(**parts: Any) -> Trainer:
+def _tensorboard(config: TuneConfig, folder: Path) -> list[TrainerCallback]:
+    """TensorBoard's writer, which by itself would write below the checkpoints and go with them."""
+    if "tensorboard" not in config.report_to:
+        return []
+    with _tracker_errors():
+        callback = TensorBoardCallback()
+    callback.logging_dir = callback.logging_dir or str(folder)  # TENSORBOARD_LOGGING_DIR wins
+    return [callback]
+
+
+@contextmanager
+def _tracker_errors() -> Iterator[None]:
     try:
-        trainer = _OrderedTrainer(**parts)
+        yield
     except RuntimeError as error:  # a tracker that is not installed
         raise ConfigError(f"report_to: {error}") from None
+
+
+def _trainer(**parts: Any) -> Trainer:
+    with _tracker_errors():
+        trainer = _OrderedTrainer(**parts)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -251,7 +290,8 @@ def training_arguments(
         "save_strategy": "steps",
         "save_steps": config.checkpoint_every,
         "save_total_limit": 2,
-        "report_to": list(config.report_to) or "none",
+        "report_to": [t for t in config.report_to if t != "tensorboard"] or "none",
+        "project": "honeloom",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device == "cuda",
@@ -265,13 +305,15 @@ def training_arguments(
 
 
 def _arguments(
-    config: TuneConfig, folder: Path, steps: int, device: torch.device, autocast: torch.dtype | None
+    config: TuneConfig, folder: Path, steps: int, device: torch.device, autocast: torch.dtype | None, name: str | None
 ) -> TrainingArguments:
     if device.type == "cuda" and device.index not in (None, local_rank()):
         raise ConfigError(
             f"--device {device}: the trainer uses the first device; set CUDA_VISIBLE_DEVICES={device.index}"
         )
-    arguments = TrainingArguments(output_dir=str(folder), **training_arguments(config, steps, device.type, autocast))
+    arguments = TrainingArguments(
+        output_dir=str(folder), run_name=name, **training_arguments(config, steps, device.type, autocast)
+    )
     # Several visible devices would otherwise be filled by torch.nn.DataParallel, which multiplies the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
