@@ -24,6 +24,7 @@ from honeloom.runs.notebook import notebook_console
 from honeloom.runs.output import Mode, is_complete, locate
 from honeloom.runs.processes import rank
 from honeloom.stages.inputs import Resolver, resolve_model
+from honeloom.stages.needs import plan_job
 from honeloom.stages.pipeline import plan_recipe, run_recipe
 from honeloom.stages.publish import check_push, push_result
 from honeloom.stages.runner import prepare, run_job
@@ -179,7 +180,14 @@ def run(
     )
 
 
-def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> list[StagePlan]:
+def plan(
+    verb: str,
+    *,
+    output_dir: PathLike | None = None,
+    calibrate: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> list[StagePlan]:
     """Say what a verb or a recipe would do; loads no weights and writes nothing.
 
     Parameters
@@ -188,6 +196,11 @@ def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> l
         A verb of `honeloom.verbs`, or "run" with `recipe` (and `set` and `seed`).
     output_dir : path, optional
         Where the result would go; tells what would be reused.
+    calibrate : bool
+        For tune: also read the rows and time a few steps on layers with random weights, for
+        the tokens and seconds of the whole job.
+    console : Console, optional
+        For the progress of that.
     **settings
         As of the verb's function.
     """
@@ -195,11 +208,11 @@ def plan(verb: str, *, output_dir: PathLike | None = None, **settings: Any) -> l
         recipe = _read_recipe(Path(settings["recipe"]), settings.get("set", ()), settings.get("seed"))
         return PlanList(plan_recipe(recipe, Path(output_dir or "run")))
     _take_mode(settings)
-    settings.pop("console", None)
     repository = _take_repository(verb, settings)
     job = prepare(verb, _read_settings(verb, settings), Resolver(fetch=False))
     done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
-    return PlanList([replace(job.plan(verb, "reuse" if done else "run"), push_to_hub=repository)])
+    planned = plan_job(job, verb, "reuse" if done else "run", calibrate=calibrate, console=console)
+    return PlanList([replace(planned, push_to_hub=repository)])
 
 
 def load_model(

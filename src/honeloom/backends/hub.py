@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from honeloom.errors import ConfigError, HubError, NotCachedError, SourceError
 from honeloom.runs.redact import redact
 
-__all__ = ["check_push", "fetch_dataset", "fetch_model", "push"]
+__all__ = ["check_push", "fetch_config", "fetch_dataset", "fetch_model", "push"]
 
 MODEL_PATTERNS = [
     "*.safetensors",
@@ -92,6 +92,16 @@ def fetch_model(name: str, *, fetch: bool = True) -> tuple[Path, str]:
     if not any(path.glob("*.safetensors")):
         raise SourceError(f"{name}: the repository has no safetensors file; pickled weights are not read")
     return path, path.name
+
+
+def fetch_config(name: str) -> Path | None:
+    """Return a folder with config.json of `org/name[@revision]`, cached or fetched; None if it cannot be had."""
+    repository, _, revision = name.partition("@")
+    try:
+        file = hf_hub_download(repository, "config.json", revision=revision or None, etag_timeout=ANSWER_SECONDS)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _http.TransportError, OSError):
+        return None  # a plan goes on without it; the run will say what is wrong
+    return Path(file).parent
 
 
 def fetch_dataset(name: str, *, fetch: bool = True) -> tuple[Path, str]:

@@ -64,6 +64,7 @@ def run_verb(
     as_json: bool,
     dry_run: bool,
     push_to_hub: str | None = None,
+    calibrate: bool = False,
 ) -> None:
     """Plan or run a verb and print the result as the contract says.
 
@@ -79,14 +80,18 @@ def run_verb(
         The output folder.
     push_to_hub : str or None
         Repository that the result goes to; only for verbs whose function takes it.
+    calibrate : bool
+        Whether the plan also times a few steps.
     """
     console = terminal(as_json)
     if verb in VERBS:  # before a key such as "resume" meets a parameter of that name
         load_target("honeloom.config.base:validate")(load_target(VERBS[verb].config), options, what=verb)
     if push_to_hub is not None:
         options = {**options, "push_to_hub": push_to_hub}
+    if calibrate and not dry_run:
+        raise ConfigError("--calibrate belongs to the plan: add --dry-run, or leave it out")
     if dry_run:
-        plans = honeloom.plan(verb, output_dir=out, **options)
+        plans = honeloom.plan(verb, output_dir=out, calibrate=calibrate, console=console, **options)
         print_plans(plans, console, as_json)
         return
     report = call(output_dir=out, overwrite=overwrite, resume=resume, console=console, **options)

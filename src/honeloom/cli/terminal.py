@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from honeloom.runs.redact import redact
-from honeloom.types.plans import StagePlan
+from honeloom.types.plans import Needs, StagePlan
 from honeloom.types.report import Metric, Report
 
 __all__ = ["Terminal"]
@@ -81,6 +81,26 @@ class Terminal:
         for sentence in report.details["comparisons"]:
             self.say(sentence)
 
+    def _show_needs(self, stage: str, needs: Needs) -> None:
+        """Print what a stage needs: memory by part, disk, time, other ways, the command."""
+        if needs.unknown:
+            self.say(f"{stage}: memory cannot be told: {needs.unknown}")
+            return
+        parts = ", ".join(f"{name} {_gib(n)}" for name, n in needs.memory.items() if n and name != "total")
+        place = "per GPU" if needs.device == "gpu" else "of the host"
+        self.say(
+            f"{stage} needs, with {needs.parameters:,} parameters and rows of up to {needs.tokens_per_row} tokens:"
+        )
+        self.say(f"  memory   {_gib(needs.memory['total'])} {place} at the peak ({needs.dtype}): {parts}")
+        self.say(f"  disk     {_gib(needs.disk_bytes)}")
+        if needs.seconds is not None:
+            self.say(f"  time     {needs.tokens:,} tokens in {needs.steps:,} steps, about {_duration(needs.seconds)}")
+        for i, way in enumerate(needs.settings):
+            self.say(f"  {'on a GPU' if i == 0 else '        '} {_gib(way.memory_bytes):>9}  {way.name}: {way.flags}")
+        self.say(f"  command  {needs.command}")
+        if needs.sharded_command:
+            self.say(f"  sharded  {needs.sharded_command}")
+
     def show_plans(self, plans: Sequence[StagePlan]) -> None:
         """Print one row per stage."""
         table = Table("stage", "verb", "state", "reads", "downloads", title="plan", title_justify="left")
@@ -95,8 +115,21 @@ class Terminal:
             )
         self.out.print(table)
         for plan in plans:
+            if plan.needs is not None:
+                self._show_needs(plan.stage, plan.needs)
             if plan.push_to_hub:
                 self.say(f"then pushed to {plan.push_to_hub} on the hub; a new repository is private")
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**29 else f"{amount / 2**20:.0f} MiB"
 
 
 def evaluation_columns(report: Report) -> tuple[str, dict[str, dict[str, Metric]]]:

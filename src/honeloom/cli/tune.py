@@ -52,6 +52,10 @@ def tune(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="With --dry-run: read the rows and time a few steps, for tokens and seconds."),
+    ] = False,
 ) -> None:
     """Tune a model on rows on one machine: an adapter (default) or a full model out.
 
@@ -67,4 +71,4 @@ def tune(
         "max_bad": max_bad,
     }  # fmt: skip
     run_verb("tune", honeloom.tune, settings("tune", given, set_), out=output_dir, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub, calibrate=calibrate)  # fmt: skip

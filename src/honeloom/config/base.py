@@ -13,6 +13,7 @@ from honeloom.errors import ConfigError
 from honeloom.registry import suggest
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
     "Attention",
     "Config",
     "Device",
@@ -116,6 +117,10 @@ _RANGE = {
     ]
 }
 Split = Annotated[tuple[float, float], BeforeValidator(_as_range), AfterValidator(_check_range), WithJsonSchema(_RANGE)]
+
+
+DEFAULT_MAX_TOKENS = 2048
+"""Tokens per row where nobody asked for more: memory grows with them, whatever the model can take."""
 
 
 class RowsConfig(VerbConfig):

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from honeloom.checkpoint.architectures import architecture_of, layer_count, tensor_shapes
 
-__all__ = ["DTYPE_BYTES", "Decoder", "Memory", "Work", "inference_memory", "read_decoder", "tuning_memory"]
+__all__ = ["DTYPE_BYTES", "Decoder", "Memory", "Work", "peak_memory", "read_decoder"]
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 """Bytes per weight of a matrix: NF4 in blocks of 64 with scales quantised twice, and int8."""
 _FP32 = 4
 CUDA_CONTEXT = 600 << 20
-"""What a process holds on a GPU before its first tensor, about; not measured here."""
+"""Bytes that a process holds on a GPU before its first tensor, about; not measured."""
 
 Mode = Literal["lora", "full", "zeroth-order", "inference"]
 
@@ -47,6 +47,14 @@ class Decoder:
         Whether the MLP multiplies two branches.
     norms : int
         Norms of a layer that act on the stream.
+    plain_norms : bool
+        Whether they are LayerNorm, one kernel that keeps its input alone.
+    head_norms : bool
+        Whether queries and keys are normalised.
+    capped : bool
+        Whether attention scores pass a tanh.
+    kept : int
+        Tensors of the MLP's width that are kept for the backward pass.
     readers : int
         Matrices of a layer that read the normalised stream.
     experts_used : int
@@ -66,6 +74,10 @@ class Decoder:
     heads: int
     gated: bool
     norms: int
+    plain_norms: bool
+    head_norms: bool
+    kept: int
+    capped: bool
     readers: int
     experts_used: int
 
@@ -129,6 +141,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     hidden = text.get("hidden_size") or text["n_embd"]
     heads = text.get("num_attention_heads") or text["n_head"]
     size = text.get("head_dim") or hidden // heads
+    gated = any(part in n for n in first for part in ("gate_proj", "gate_up_proj", ".w3"))
     return Decoder(
         parameters=sum(prod(s) for s in shapes.values()),
         matrices=sum(prod(s) for s in matrices),
@@ -141,8 +154,12 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
         width=_mlp_width(text, first),
         vocabulary=text["vocab_size"],
         heads=heads,
-        gated=any(part in n for n in first for part in ("gate_proj", "gate_up_proj", ".w3")),
+        gated=gated,
         norms=sum(1 for n, s in first.items() if n.endswith(".weight") and s == (hidden,)),
+        plain_norms=any(n.endswith("norm.bias") or n == "ln_1.bias" for n in first),
+        head_norms=any("q_norm" in n for n in first),
+        kept=_mlp_kept(text, gated),
+        capped=bool(text.get("attn_logit_softcapping")),
         readers=sum(1 for n, s in first.items() if len(s) == 2 and "experts" not in n and not _writes(n)),
         experts_used=int(text.get("num_experts_per_tok") or 1),
     )
@@ -154,12 +171,19 @@ def _mlp_width(text: Mapping[str, Any], layer: Mapping[str, tuple[int, ...]]) ->
     return int(text.get("intermediate_size") or text.get("n_inner") or 4 * text["n_embd"])
 
 
+def _mlp_kept(text: Mapping[str, Any], gated: bool) -> int:
+    """Gate, its activation, up and product; without a gate both sides of the activation, and all its operations."""
+    if gated:
+        return 4
+    return 9 if (text.get("activation_function") or text.get("hidden_act")) == "gelu_new" else 2
+
+
 def _writes(name: str) -> bool:
     """Whether a matrix writes to the stream rather than reading it."""
     return any(part in name for part in ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", ".w2"))
 
 
-def tuning_memory(decoder: Decoder, work: Work) -> Memory:
+def peak_memory(decoder: Decoder, work: Work) -> Memory:
     """Peak of an optimizer step with LoRA or all weights; of a zeroth-order step or inference without gradients.
 
     Parameters
@@ -170,7 +194,7 @@ def tuning_memory(decoder: Decoder, work: Work) -> Memory:
         The job; its tokens are those of the longest batch, per row.
     """
     if work.mode in ("zeroth-order", "inference"):
-        return inference_memory(decoder, work)
+        return _inference(decoder, work)
     full, compute = work.mode == "full", DTYPE_BYTES[work.dtype]
     trained = decoder.parameters if full else work.rank * decoder.adapter_widths
     share = work.processes
@@ -190,17 +214,22 @@ def tuning_memory(decoder: Decoder, work: Work) -> Memory:
         optimizer=optimizer // share,
         activations=activations if backward_leads else 0,
         logits=max(logits, transient) if backward_leads else 0,
-        scratch=2 * decoder.largest * _FP32 if full and not backward_leads else 0,
+        scratch=(2 * decoder.largest * _FP32 if full and not backward_leads else 0) + _gathered(decoder, work),
     )
 
 
-def inference_memory(decoder: Decoder, work: Work) -> Memory:
+def _gathered(decoder: Decoder, work: Work) -> int:
+    """Bytes of the layers that are whole at a time where the model is sharded: the current and the next."""
+    return 2 * decoder.matrices * _FP32 // decoder.layers if work.processes > 1 else 0
+
+
+def _inference(decoder: Decoder, work: Work) -> Memory:
     """Peak of a forward pass with its loss; a zeroth-order step also draws noise for one tensor at a time."""
     compute = DTYPE_BYTES[work.dtype]
     tokens = work.batch_size * work.tokens
     stream = 3 * decoder.hidden * _FP32
     branch = max((3 if decoder.gated else 2) * decoder.width * decoder.experts_used, 3 * decoder.queries) * compute
-    scores = work.batch_size * decoder.heads * work.tokens**2 * (compute + _FP32) if work.eager else 0
+    scores = 2 * _scores(decoder, work, compute) if work.eager else 0
     zeroth = work.mode == "zeroth-order"
     # Scoring takes the loss row by row; a zeroth-order step takes transformers' loss over the whole batch.
     in_fp32 = tokens if zeroth else work.tokens
@@ -217,6 +246,12 @@ def inference_memory(decoder: Decoder, work: Work) -> Memory:
         logits=logits if logits >= max(layer, noise) else 0,
         scratch=noise if noise > max(layer, logits) else 0,
     )
+
+
+def _scores(decoder: Decoder, work: Work, compute: int) -> int:
+    """Bytes of eager attention's weights: the softmax in fp32, its copy in 16 bits, and scores that are capped."""
+    size = _FP32 if compute == _FP32 else _FP32 + compute
+    return (size + 2 * _FP32 * decoder.capped) * work.batch_size * decoder.heads * work.tokens**2
 
 
 def _weights(decoder: Decoder, work: Work) -> int:
@@ -236,14 +271,17 @@ def _saved(decoder: Decoder, work: Work, compute: int) -> tuple[int, int]:
     """Bytes kept for the backward pass, and bytes of one layer's gradients while it is passed."""
     full, tokens = work.mode == "full", work.batch_size * work.tokens
     # Norms keep their input in fp32, and the normalised stream too where their weight is trained.
-    norms = decoder.norms * decoder.hidden * _FP32 * (2 if full else 1)
+    normalised = decoder.norms * decoder.hidden
+    if decoder.head_norms:
+        normalised += decoder.queries + decoder.keys
+    norms = normalised * _FP32 * (2 if full and not decoder.plain_norms else 1)
     # The normalised stream is kept once; autocast casts an fp32 stream for every matrix that reads it.
     casts = decoder.readers if full and compute < _FP32 else 2
     attention = (2 * decoder.queries + 2 * decoder.keys) * compute
-    mlp = (4 if decoder.gated else 3) * decoder.width * decoder.experts_used * compute
+    mlp = decoder.kept * decoder.width * decoder.experts_used * compute
     layer = tokens * (norms + casts * decoder.hidden * compute + attention + mlp)
     if work.eager:
-        layer += work.batch_size * decoder.heads * work.tokens**2 * (compute + _FP32)
+        layer += _scores(decoder, work, compute)
     transient = tokens * (3 if decoder.gated else 2) * decoder.width * decoder.experts_used * compute
     if not work.checkpointing:
         return layer * decoder.layers, transient

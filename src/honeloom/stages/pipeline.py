@@ -21,6 +21,7 @@ from honeloom.runs.output import Mode, Output, is_complete, locate, open_output
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
+from honeloom.stages.needs import plan_job
 from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job
 from honeloom.system import copy_file
 from honeloom.types.plans import StagePlan
@@ -86,7 +87,7 @@ def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
         if is_complete(step.folder, job.key):
             state = "reuse"
             _place(resolver, step, step.folder, load_report(step.folder))
-        plans.append(job.plan(step.name, state))
+        plans.append(plan_job(job, step.name, state))
     return plans
 
 

@@ -28,7 +28,7 @@ from honeloom.stages.work import Outcome, Work
 from honeloom.tuning.config import LoraMethodConfig, TuneConfig
 from honeloom.types.report import Check, Metric
 
-__all__ = ["execute", "require_shardable"]
+__all__ = ["encode_rows", "execute", "mark_trainable", "require_shardable"]
 
 
 def execute(work: Work[TuneConfig]) -> Outcome:
@@ -51,7 +51,7 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     compute = choose_dtype(config.dtype, device)
     model = _prepare(work, sharded())
     encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
-    kept, encoded, turn_ends = _encode(work, rows, encoder)
+    kept, encoded, turn_ends = encode_rows(work, rows, encoder)
     if config.packing and config.load_in != "8bit":  # whose rounding depends on the whole batch, packed or padded
         _require_packing(model, encoded, found.value)
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
@@ -114,7 +114,7 @@ def require_shardable(config: TuneConfig) -> None:
         )
 
 
-def _encode(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[list[int], list[Encoded], list[bool]]:
+def encode_rows(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple[list[int], list[Encoded], list[bool]]:
     """Encode what can be trained on: positions within the rows, the encoded rows, and whose last turn ends.
 
     A plain text may be longer than the limit by far and has no turns, so only conversations count for the last.
@@ -164,11 +164,17 @@ def _prepare(work: Work[TuneConfig], on_host: bool) -> Any:
     loading = Loading.of(config)
     if on_host:
         loading = replace(loading, device="cpu", dtype=_dtype_name(config))
-    if isinstance(method, LoraMethodConfig):
-        model = load_model(work.model(), loading=loading)
-        return add_lora(model, seed=config.seed, **method.model_dump(exclude={"type"}))
-    # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
-    return unfreeze(load_model(work.model(), loading=replace(loading, dtype="fp32")))
+    if method.type == "full":
+        # Small updates vanish in 16 bits, so all weights are trained in fp32 and only computed with in less.
+        loading = replace(loading, dtype="fp32")
+    return mark_trainable(load_model(work.model(), loading=loading), config)
+
+
+def mark_trainable(model: Any, config: TuneConfig) -> Any:
+    """Add LoRA's adapters to a model, or make all its weights trainable."""
+    if isinstance(config.method, LoraMethodConfig):
+        return add_lora(model, seed=config.seed, **config.method.model_dump(exclude={"type"}))
+    return unfreeze(model)
 
 
 def _dtype_name(config: TuneConfig) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["DropPlan", "Scores", "SelectPlan", "StagePlan"]
+__all__ = ["DropPlan", "Needs", "Scores", "SelectPlan", "Setting", "StagePlan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,54 @@ class DropPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """A usual way to do a job on a GPU: its flags, and its peak memory in bytes."""
+
+    name: str
+    flags: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a stage that runs a model needs, per device, from the model's config alone.
+
+    Attributes
+    ----------
+    unknown : str or None
+        Why nothing can be said; then the rest is empty.
+    parameters, tokens_per_row : int
+        Of the model, and of the longest row that is assumed.
+    device, dtype : str
+        gpu or cpu, and the number type of the loaded weights.
+    memory : mapping
+        Peak bytes by part, and their "total".
+    disk_bytes : int
+        The result, checkpoints beside it, and the download, at most.
+    settings : tuple of Setting
+        Other ways to do it on GPUs.
+    command, sharded_command : str
+        As on the command line; the second lays one model over several GPUs.
+    tokens, steps, seconds : number or None
+        Of the whole job, where they were calibrated.
+    """
+
+    unknown: str | None = None
+    parameters: int = 0
+    device: str = ""
+    dtype: str = ""
+    tokens_per_row: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
+    settings: tuple[Setting, ...] = ()
+    command: str = ""
+    sharded_command: str | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
     """One line of `--dry-run`: what a stage reads, does, and needs."""
 
@@ -74,6 +122,7 @@ class StagePlan:
     bytes_in: int
     config: Mapping[str, Any]
     push_to_hub: str | None = None
+    needs: Needs | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

@@ -25,10 +25,10 @@ from honeloom.backends.devices import choose_device, choose_dtype, free_memory
 from honeloom.checkpoint.folders import read_config
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.checkpoint.reader import weight_files
+from honeloom.config.base import DEFAULT_MAX_TOKENS
 from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, SourceError
 
 __all__ = [
-    "DEFAULT_MAX_TOKENS",
     "Loading",
     "load_arguments",
     "load_config",
@@ -37,9 +37,6 @@ __all__ = [
     "max_positions",
     "token_limit",
 ]
-
-DEFAULT_MAX_TOKENS = 2048
-"""Tokens per row where nobody asked for more: memory grows with them, whatever the model can take."""
 
 # What a config gets wrong if the weights hold tensors that it has no place for.
 _FIELDS = (

@@ -23,9 +23,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded
-from honeloom.backends.hf.load import DEFAULT_MAX_TOKENS
 from honeloom.backends.hf.local_steps import build_optimizer, build_schedule
 from honeloom.backends.hf.score import pack_batch, pad_batch
+from honeloom.config.base import DEFAULT_MAX_TOKENS
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.ops.noise import permutation
 from honeloom.runs.atomic import fsync_file, write_json
@@ -34,7 +34,9 @@ from honeloom.runs.processes import local_rank, sharded, world_size
 from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
-__all__ = ["Trained", "add_lora", "row_order", "total_steps", "train", "training_arguments", "unfreeze"]
+__all__ = [
+    "Trained", "add_lora", "row_order", "rows_in_all", "total_steps", "train", "training_arguments", "unfreeze",
+]  # fmt: skip
 
 COMPLETE = "complete.json"
 # The older name goes in transformers 6.

@@ -1,0 +1,113 @@
+"""What a plan says of memory, disk, time and commands."""
+
+import json
+import shlex
+
+import pytest
+
+import honeloom
+from honeloom.cli.main import main as cli
+from honeloom.errors import ConfigError
+from honeloom.planning import FSDP_PROFILE
+
+LLAMA3_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_alone(tmp_path):
+    folder = tmp_path / "llama-3-8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
+    return folder
+
+
+def needs(verb, *args, **settings):
+    return honeloom.plan(verb, **settings)[0].needs
+
+
+def test_a_config_alone_is_enough(config_alone, rows):
+    found = needs("tune", model=config_alone, rows=rows, device="cuda", batch_size=1, gradient_checkpointing=True)
+    assert (found.parameters, found.device, found.dtype, found.tokens_per_row) == (8_030_261_248, "gpu", "bf16", 2048)
+    assert found.memory["total"] == sum(v for k, v in found.memory.items() if k != "total")
+    by_name = {s.name: s.memory_bytes for s in found.settings}
+    assert by_name["QLoRA, 4 bits"] < by_name["zeroth-order, bf16"] < by_name["LoRA, bf16"] < 24e9
+    assert by_name["LoRA, bf16"] == found.memory["total"]
+    assert by_name["all weights, bf16"] > 5 * by_name["all weights, sharded over 8 GPUs"]
+    assert found.disk_bytes < 2e9
+    full = needs("tune", model=config_alone, rows=rows, device="cuda", method="full")
+    assert full.disk_bytes > (2 + 2 * 12) * 8e9
+
+
+def test_the_command_says_what_is_no_default(config_alone, rows):
+    found = needs("tune", model=config_alone, rows=rows, rank=4, lr=1e-3, packing=True, seed=3, split="0.2-0.8")
+    told = shlex.split(found.command)
+    assert told[:4] == ["honeloom", "tune", str(config_alone), str(rows)]
+    settings = [told[i + 1] for i, a in enumerate(told) if a == "--set"]
+    assert settings == ["seed=3", "split=[0.2, 0.8]", "method.rank=4", "lr=0.001", "packing=true"]
+    assert shlex.split(found.sharded_command)[:4] == ["accelerate", "launch", "--config_file", str(FSDP_PROFILE)]
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("tune", {"rank": 4, "report_to": ["trackio"], "optimizer": {"type": "sgd", "momentum": 0.9}}),
+        ("evaluate", {"batch_size": 3, "split": "0.5-1"}),
+        ("drop", {"attention": 1}),
+        ("select", {"method": "perplexity", "keep": "20%"}),
+    ],
+)
+def test_the_command_gives_the_same_job_again(tmp_path, tiny_model, rows, verb, settings, capsys):
+    given = {"model": tiny_model, ("calibration" if verb == "drop" else "rows"): rows, **settings}
+    plan = honeloom.plan(verb, **given)[0]
+    command = shlex.split(plan.needs.command.replace(" OUT", f" {tmp_path / 'out'}"))
+    with pytest.raises(SystemExit) as stopped:
+        cli([*command[1:], "--dry-run", "--json"])
+    assert stopped.value.code in (0, None)
+    again = json.loads(capsys.readouterr().out)["stages"][0]
+    assert (again["key"], again["config"]) == (plan.key, json.loads(json.dumps(plan.config)))
+
+
+def test_an_unknown_family_is_said(tmp_path, rows):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert "known types" in needs("tune", model=tmp_path / "m", rows=rows).unknown
+    with pytest.raises(ConfigError, match="--calibrate needs a known model"):
+        honeloom.plan("tune", model=tmp_path / "m", rows=rows, calibrate=True)
+
+
+def test_stages_without_a_model_need_none(rows, tiny_model):
+    assert needs("select", rows=rows) is None
+    assert needs("evaluate", model=tiny_model, rows=rows).memory["weights"] > 0
+
+
+def test_calibration_counts_the_tokens_that_tuning_sees(tmp_path, tiny_model, rows):
+    settings = {"model": tiny_model, "rows": rows, "epochs": 2, "batch_size": 4, "accumulate": 2}
+    found = honeloom.plan("tune", calibrate=True, **settings)[0].needs
+    report = honeloom.tune(output_dir=tmp_path / "out", **settings)
+    assert (found.tokens, found.steps) == (report.details["tokens"], report.details["steps"])
+    assert 0 < found.seconds < 600
+    for name, changes in {"4bit": {"load_in": "4bit"}}.items():
+        with pytest.raises(ConfigError, match="leave --load-in out"):
+            honeloom.plan("tune", calibrate=True, **settings, **changes), name
+    with pytest.raises(ConfigError, match="this is evaluate"):
+        honeloom.plan("evaluate", calibrate=True, model=tiny_model, rows=rows)
+
+
+def test_calibrate_without_a_plan_is_refused(tiny_model, rows, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli(["tune", str(tiny_model), str(rows), "--calibrate", "--output-dir", "never"])
+    assert stopped.value.code == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
+def test_a_person_reads_memory_disk_time_and_commands(config_alone, rows, capsys):
+    with pytest.raises(SystemExit):
+        cli(["tune", str(config_alone), str(rows), "--dry-run", "--device", "cuda"])
+    printed = capsys.readouterr().out
+    assert "tune needs, with 8,030,261,248 parameters and rows of up to 2048 tokens:" in printed
+    for part in ("per GPU at the peak (bf16): weights 15.0 GiB", "QLoRA, 4 bits: --batch-size 1", "accelerate launch"):
+        assert part in printed
