@@ -209,7 +209,7 @@ def test_without_a_hub_the_process_ends_at_once(call, rows, reason):
     seconds = time.monotonic() - started
     assert done.returncode == 2
     why = "HF_HUB_OFFLINE is set" if reason == "offline" else f"the hub at {variables['HF_ENDPOINT']} cannot be reached"
-    assert f"model org/tiny: config.json is not in the local cache and {why}" in done.stderr
+    assert f"model org/tiny: there is no such folder, config.json is not in the local cache and {why}" in done.stderr
     assert seconds < 2
 
 

@@ -5,17 +5,22 @@ import shutil
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import honeloom
 from goldens import check_json
+from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf import load as loading_module
 from honeloom.backends.hf.compare import logits_gap
 from honeloom.backends.hf.load import Loading, load_arguments, load_model
-from honeloom.backends.hf.tune import training_arguments
-from honeloom.errors import CheckpointError, ConfigError, MissingExtraError
+from honeloom.backends.hf.score import Scorer
+from honeloom.backends.hf.tune import lora_arguments, training_arguments
+from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, OutOfMemoryError
+from honeloom.planning import FSDP_PROFILE
+from honeloom.testing.fakes import chat_row
 from honeloom.testing.models import tiny_llama
-from honeloom.tuning.config import TuneConfig
+from honeloom.tuning.config import LoraMethodConfig, TuneConfig
 
 DEVICES = {"cpu": torch.float32, "cuda:0": torch.bfloat16}
 
@@ -62,6 +67,44 @@ def test_every_setting_reaches_the_trainer_by_its_name_there():
                 key = f"{name}; {device}; {str(autocast).removeprefix('torch.')}"
                 told[key] = training_arguments(config, 11, device, autocast)
     check_json("training_arguments.json", told)
+
+
+def test_every_setting_of_lora_reaches_peft_by_its_name_there():
+    settings = {
+        "defaults": LoraMethodConfig(),
+        "everything": LoraMethodConfig(rank=3, alpha=5.0, dropout=0.1, targets=("q_proj", "v_proj"), rslora=True),
+    }
+    check_json("lora_config.json", {n: lora_arguments(**c.model_dump(exclude={"type"})) for n, c in settings.items()})
+
+
+def test_accelerate_reads_the_shipped_profile_as_it_is_meant():
+    read = load_config_from_file(str(FSDP_PROFILE)).to_dict()
+    check_json("fsdp_profile.json", {k: v for k, v in read.items() if v not in (None, {}, [])})
+
+
+def test_a_model_that_does_not_fit_one_device_is_spread(tmp_path):
+    """`device_map` on the host alone: hooks are in place, and losses are those of the plain model."""
+    arguments = load_arguments(Loading("cpu", spread=True), torch.device("cpu"), torch.float32, fits=False)
+    assert arguments["device_map"] == "auto"
+    path = tiny_llama(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    plain = Scorer.open(path, loading=Loading("cpu"))
+    rows = [chat_row("a", "Add 1 and 2.", "3"), chat_row("b", "Say yes.", "yes")]
+    losses = [[loss.loss_sum for _, loss in s.losses(rows)] for s in (plain, Scorer(model, plain.encoder, 2))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_allocation_that_the_host_refuses_is_told():
+    message = (
+        r"out of memory while scoring on cpu: \d+ bytes more were needed and [\d.]+ GiB are free; try --batch-size 1$"
+    )
+    with (
+        pytest.raises(OutOfMemoryError, match=message),
+        memory_guard(torch.device("cpu"), "scoring", ["--batch-size 1"]),
+    ):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_guard(torch.device("cpu"), "x", []):
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def test_flash_is_refused_without_cuda(tiny_model):

@@ -111,3 +111,11 @@ def test_a_person_reads_memory_disk_time_and_commands(config_alone, rows, capsys
     assert "tune needs, with 8,030,261,248 parameters and rows of up to 2048 tokens:" in printed
     for part in ("per GPU at the peak (bf16): weights 15.0 GiB", "QLoRA, 4 bits: --batch-size 1", "accelerate launch"):
         assert part in printed
+
+
+def test_a_tuning_that_will_not_fit_is_told_before_it_runs(tmp_path, tiny_model, rows, monkeypatch):
+    monkeypatch.setattr("honeloom.stages.tune.free_memory", lambda device: 1 << 20)
+    report = honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, device="cpu")
+    assert any(
+        "1.0 GiB" not in w and "GiB are free on cpu; the same command with --dry-run" in w for w in report.warnings
+    )

@@ -23,6 +23,13 @@ _FP32 = 4
 CUDA_CONTEXT = 600 << 20
 """Bytes that a process holds on a GPU before its first tensor, about; not measured."""
 
+HOST_SLACK = {"backward": {4: 0.5, 2: 0.15}, "forward": {4: 0.25, 2: 0.25}}
+"""What glibc keeps on the host beyond the live tensors of a step, as a share of them, by bytes per number.
+
+Tensors of mixed sizes leave holes that the next ones do not fit. Measured on a 125M Llama
+(`benchmarks/memory`); a GPU's allocator was not measured.
+"""
+
 Mode = Literal["lora", "full", "zeroth-order", "inference"]
 
 
@@ -88,7 +95,7 @@ class Work:
 
     `dtype` is that of the loaded weights, `rank` LoRA's, `states` the optimizer's tensors per
     trained weight (AdamW 2, SGD with momentum 1). `processes` share weights, gradients and
-    states (FSDP).
+    states (FSDP). `host` is true where tensors lie in the host's memory.
     """
 
     mode: Mode
@@ -102,6 +109,7 @@ class Work:
     checkpointing: bool = False
     eager: bool = False
     processes: int = 1
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,8 @@ class Memory:
     """Bytes at the peak, by part; `total` is their sum.
 
     `activations` holds what is kept for the backward pass, or the largest layer's tensors where
-    there is none; `logits` their copies in the loss.
+    there is none; `logits` their copies in the loss; `allocator` what it keeps beside live
+    tensors.
     """
 
     weights: int
@@ -119,6 +128,7 @@ class Memory:
     activations: int
     logits: int
     scratch: int
+    allocator: int = 0
 
     @property
     def total(self) -> int:
@@ -207,14 +217,16 @@ def peak_memory(decoder: Decoder, work: Work) -> Memory:
     in_backward = activations + max(logits, transient) + (gradients if work.accumulate > 1 else 0)
     in_step = gradients + 2 * decoder.largest * _FP32 * full
     backward_leads = in_backward * share >= in_step
+    step = (activations, max(logits, transient)) if backward_leads else (0, 0)
     return Memory(
         weights=weights // share,
         adapters=0 if full else trained * _FP32,
         gradients=gradients // share if not backward_leads or work.accumulate > 1 else 0,
         optimizer=optimizer // share,
-        activations=activations if backward_leads else 0,
-        logits=max(logits, transient) if backward_leads else 0,
+        activations=step[0],
+        logits=step[1],
         scratch=(2 * decoder.largest * _FP32 if full and not backward_leads else 0) + _gathered(decoder, work),
+        allocator=int(HOST_SLACK["backward"][compute] * sum(step)) if work.host else 0,
     )
 
 
@@ -245,6 +257,7 @@ def _inference(decoder: Decoder, work: Work) -> Memory:
         activations=layer if layer > max(logits, noise) else 0,
         logits=logits if logits >= max(layer, noise) else 0,
         scratch=noise if noise > max(layer, logits) else 0,
+        allocator=int(HOST_SLACK["forward"][compute] * max(layer, logits)) if work.host else 0,
     )
 
 

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/\w([\w.-]{0,94}\w)?(@\w[\w./-]*)?", re.ASCII)
+_DESCRIBED_BY = frozenset({"config.json", "adapter_config.json", "examples.parquet"})  # the last: an evaluation
 INPUTS_SCHEMA = "honeloom.inputs/1"
 """`schema` of every `inputs.json`; `stages.runner.describe_inputs` says what stands in it."""
 _MODEL_FILES = re.compile(
@@ -193,7 +194,7 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
     path = Path(os.path.expanduser(value))
     if path.is_dir():
         _refuse_pickles(path)
-        if not model_files(path):
+        if not _DESCRIBED_BY.intersection(model_files(path)):
             raise SourceError(_not_a_model(path))
         return path.resolve(), None
     looks_like_path = (
@@ -209,7 +210,7 @@ def _locate_model(value: str, fetch: bool) -> tuple[Path, str | None]:
 def _not_a_model(path: Path) -> str:
     held = sorted(p.name for p in path.iterdir())[:8]
     return (
-        f"model {str(path)!r}: no model files (found {', '.join(held) or 'nothing'}); "
+        f"model {str(path)!r}: no config.json or adapter_config.json (found {', '.join(held) or 'nothing'}); "
         "a model folder has config.json and *.safetensors, an adapter folder adapter_config.json"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from honeloom.planning.memory import CUDA_CONTEXT, DTYPE_BYTES, Decoder, Work, p
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.stages.runner import Job
+from honeloom.tuning.config import TuneConfig
 from honeloom.types.plans import Needs, Setting, StagePlan
 
-__all__ = ["describe_needs", "plan_job"]
+__all__ = ["describe_needs", "plan_job", "work_of"]
 
 SHARDS = 8
 """GPUs of the sharded setting in the table."""
@@ -78,7 +79,7 @@ def describe_needs(job: Job) -> Needs | None:
     except CheckpointError as error:
         return Needs(unknown=str(error))
     gpu = _on_gpu(config)
-    work = _work(job, settings, gpu)
+    work = work_of(config, settings, gpu=gpu)
     others = _tuning_settings(config, work) if job.verb.name == "tune" else _inference_settings(work)
     memory = peak_memory(decoder, work)
     return Needs(
@@ -112,19 +113,32 @@ def _on_gpu(config: VerbConfig) -> bool:
     return config.device.startswith("cuda")
 
 
-def _work(job: Job, settings: dict[str, Any], gpu: bool) -> Work:
-    config: Any = job.config
+def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int | None = None) -> Work:
+    """How a verb's settings use its model.
+
+    Parameters
+    ----------
+    config : SelectConfig, TuneConfig, DropConfig or EvaluateConfig
+        The verb's settings.
+    settings : mapping
+        Content of the model's config.json.
+    gpu : bool
+        Where it runs; also what an `auto` number type means.
+    tokens : int, optional
+        Of the longest row; by default as many as are allowed.
+    """
     text = settings.get("text_config") or settings
     longest = text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_MAX_TOKENS
     work = Work(
         "inference",
         config.batch_size,
-        min(longest, config.max_length or DEFAULT_MAX_TOKENS),
+        tokens or min(longest, config.max_length or DEFAULT_MAX_TOKENS),
         dtype=config.dtype if config.dtype != "auto" else "bf16" if gpu else "fp32",
         load_in=getattr(config, "load_in", None),
         eager=config.attn == "eager",
+        host=not gpu,
     )
-    if job.verb.name != "tune":
+    if not isinstance(config, TuneConfig):
         return work
     return replace(
         work,
@@ -141,7 +155,7 @@ def _tuning_settings(config: Any, work: Work) -> Iterator[tuple[str, str, Work]]
     rows = work.batch_size * work.accumulate
     small = f"--batch-size 1 --accumulate {rows} --gradient-checkpointing --dtype bf16"
     one = replace(
-        work, mode="lora", batch_size=1, accumulate=rows, checkpointing=True, dtype="bf16", load_in=None,
+        work, mode="lora", host=False, batch_size=1, accumulate=rows, checkpointing=True, dtype="bf16", load_in=None,
         rank=work.rank or 8,
     )  # fmt: skip
     yield "LoRA, bf16", small, one
@@ -153,7 +167,7 @@ def _tuning_settings(config: Any, work: Work) -> Iterator[tuple[str, str, Work]]
 
 
 def _inference_settings(work: Work) -> Iterator[tuple[str, str, Work]]:
-    bf16 = replace(work, dtype="bf16", load_in=None)
+    bf16 = replace(work, dtype="bf16", load_in=None, host=False)
     yield "bf16", "--dtype bf16", bf16
     yield "8 bits", "--dtype bf16 --load-in 8bit", replace(bf16, load_in="8bit")
     yield "4 bits", "--dtype bf16 --load-in 4bit", replace(bf16, load_in="4bit")

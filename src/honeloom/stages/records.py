@@ -109,5 +109,9 @@ def _what_became_of(row: str, folder: Path) -> str:
 
 
 def _require_result(run: Path) -> None:
-    if not run.is_dir() or load_manifest(run) is None:
-        raise SourceError(f"{run} is not a finished honeloom result (no sound manifest.json)")
+    if not run.is_dir():
+        raise SourceError(f"{run}: no such folder; give the one that --output-dir named")
+    if load_manifest(run) is None:
+        raise SourceError(
+            f"{run} is not a finished honeloom result (no sound manifest.json); give the folder that --output-dir named"
+        )

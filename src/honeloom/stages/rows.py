@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,10 +164,13 @@ def convert(
     if to not in formats:
         raise ConfigError(f"--to {to!r}: choose one of {', '.join(formats)}")
     row_ending(out)
+    files = [f for s in sources for f in resolve_rows(s).files]
+    if os.path.realpath(out) in {os.path.realpath(f.path) for f in files}:
+        raise OutputExistsError(f"{out} is a file that this command reads, so it is never replaced; name another file")
     rejected: list[Rejected] = []
 
     def usable() -> Any:
-        for row in read_rows([f for s in sources for f in resolve_rows(s).files], limit=limit):
+        for row in read_rows(files, limit=limit):
             if isinstance(row, Rejected):
                 rejected.append(row)
             else:

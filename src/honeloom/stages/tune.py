@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
-from honeloom.backends.devices import DTYPES, choose_device, choose_dtype, release_memory
+from honeloom.backends.devices import DTYPES, choose_device, choose_dtype, free_memory, release_memory
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import largest_gap, packing_leak, row_logits
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import restore_trainable
 from honeloom.backends.hf.tune import Trained, add_lora, train, unfreeze
-from honeloom.checkpoint.folders import copy_tokenizer, discard, refuse_quantised
+from honeloom.checkpoint.folders import copy_tokenizer, discard, read_config, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
-from honeloom.errors import ConfigError, RowsError, SourceError
+from honeloom.errors import CheckpointError, ConfigError, RowsError, SourceError
 from honeloom.planning import FSDP_PROFILE
+from honeloom.planning.memory import peak_memory, read_decoder
 from honeloom.runs.output import published_name
 from honeloom.runs.processes import sharded
+from honeloom.stages.needs import work_of
 from honeloom.stages.row_records import write_training_rows
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
@@ -54,6 +56,7 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     kept, encoded, turn_ends = encode_rows(work, rows, encoder)
     if config.packing and config.load_in != "8bit":  # whose rounding depends on the whole batch, packed or padded
         _require_packing(model, encoded, found.value)
+    _warn_of_memory(work, device, max(len(e.ids) for e in encoded))
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
     trained = train(
         model,
@@ -140,12 +143,32 @@ def encode_rows(work: Work[TuneConfig], rows: RowSet, encoder: Encoder) -> tuple
         else:
             skipped += 1
     if not encoded:
-        raise RowsError(f"none of the {len(rows)} rows can be trained on; look at them with `honeloom rows preview`")
+        raise RowsError(
+            f"none of the {len(rows)} rows has anything to train within {encoder.max_length} tokens; look at them with "
+            "`honeloom rows preview`, or raise --max-length"
+        )
     if skipped:
         work.log.warn(f"{skipped} rows have nothing to train within {encoder.max_length} tokens; left out")
     if cut:
         work.log.warn(f"{cut} rows were cut at {encoder.max_length} tokens and do not train their end")
     return kept, encoded, turn_ends
+
+
+def _warn_of_memory(work: Work[TuneConfig], device: torch.device, tokens: int) -> None:
+    """Warn where the estimate is above what is free; a host that runs out ends the process without a word."""
+    settings = read_config(work.model())
+    try:
+        memory = peak_memory(
+            read_decoder(settings), work_of(work.config, settings, gpu=device.type == "cuda", tokens=tokens)
+        )
+    except CheckpointError:  # a family without known sizes
+        return
+    needed, free = memory.total - memory.weights, free_memory(device)  # the weights are loaded by now
+    if needed > free and not sharded():
+        work.log.warn(
+            f"beside the weights this tuning takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
+            f"on {device}; the same command with --dry-run tells ways that need less"
+        )
 
 
 def _require_packing(model: Any, encoded: Sequence[Encoded], name: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +26,7 @@ from honeloom.checkpoint.headers import inspect_weights
 from honeloom.checkpoint.reader import weight_files
 from honeloom.config.base import DEFAULT_MAX_TOKENS
 from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, SourceError
+from honeloom.registry import load_target
 
 __all__ = [
     "Loading",
@@ -169,7 +169,8 @@ def load_model(path: Path, *, base: Path | None = None, loading: Loading | None 
             raise SourceError(f"{path}: an adapter, and its base model is not known; set base_model_name_or_path in it")
         _check_weights([_adapter_file(path)])
         inner = load_model(base, loading=loading)
-        return PeftModel.from_pretrained(inner, path, is_trainable=trainable).eval()
+        adapted = load_target("peft:PeftModel")  # here, for plain models need no extra
+        return adapted.from_pretrained(inner, path, is_trainable=trainable).eval()
     config = load_config(path)
     device = choose_device(loading.device)
     quantised = _check_loading(path, loading, device, config.to_dict())

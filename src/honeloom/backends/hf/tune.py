@@ -35,7 +35,8 @@ from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
 __all__ = [
-    "Trained", "add_lora", "row_order", "rows_in_all", "total_steps", "train", "training_arguments", "unfreeze",
+    "Trained", "add_lora", "lora_arguments", "row_order", "rows_in_all", "total_steps", "train",
+    "training_arguments", "unfreeze",
 ]  # fmt: skip
 
 COMPLETE = "complete.json"
@@ -78,20 +79,27 @@ def add_lora(
     peft.PeftModel
         Only the adapters are trainable.
     """
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,
-        lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=rslora,
-        task_type="CAUSAL_LM",
-    )
+    config = LoraConfig(**lora_arguments(rank, alpha, dropout, targets, rslora))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"method.targets {targets!r}: {error}; `all-linear` adapts every linear layer") from None
+
+
+def lora_arguments(
+    rank: int, alpha: float | None, dropout: float, targets: str | Sequence[str], rslora: bool
+) -> dict[str, Any]:
+    """What PEFT is told: every setting of LoRA by its name there."""
+    return {
+        "r": rank,
+        "lora_alpha": alpha if alpha is not None else 2 * rank,
+        "lora_dropout": dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": rslora,
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def unfreeze(model: Any) -> Any:
