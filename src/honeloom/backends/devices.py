@@ -104,12 +104,14 @@ def wait_for_all() -> None:
 
 
 def describe_devices() -> list[dict[str, Any]]:
-    """Name, kind and memory in bytes of every device."""
+    """Name, kind, memory and free memory in bytes of every device."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    found = [{"name": platform.processor() or platform.machine(), "kind": "cpu", "memory_bytes": pages}]
+    name = platform.processor() or platform.machine()
+    found = [{"name": name, "kind": "cpu", "memory_bytes": pages, "free_bytes": available_memory()}]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        found.append({"name": properties.name, "kind": f"cuda:{i}", "memory_bytes": properties.total_memory})
+        memory = {"memory_bytes": properties.total_memory, "free_bytes": free_memory(torch.device("cuda", i))}
+        found.append({"name": properties.name, "kind": f"cuda:{i}", **memory})
     if _has_mps():
-        found.append({"name": "Apple GPU", "kind": "mps", "memory_bytes": pages})
+        found.append({"name": "Apple GPU", "kind": "mps", "memory_bytes": pages, "free_bytes": available_memory()})
     return found

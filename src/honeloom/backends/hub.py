@@ -8,6 +8,7 @@ attempts where it gives up, and messages that say what to do.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 from honeloom.errors import ConfigError, HubError, NotCachedError, SourceError
 from honeloom.runs.redact import redact
 
-__all__ = ["check_push", "fetch_config", "fetch_dataset", "fetch_model", "push"]
+__all__ = ["check_push", "describe_hub", "fetch_config", "fetch_dataset", "fetch_model", "push"]
 
 MODEL_PATTERNS = [
     "*.safetensors",
@@ -88,7 +89,7 @@ def fetch_model(name: str, *, fetch: bool = True) -> tuple[Path, str]:
     HubError
         The hub kept failing while it answered.
     """
-    path = _snapshot(name, "model", MODEL_PATTERNS, fetch, "config.json")
+    path = _snapshot(name, "model", MODEL_PATTERNS, fetch, "config.json is")
     if not any(path.glob("*.safetensors")):
         raise SourceError(f"{name}: the repository has no safetensors file; pickled weights are not read")
     return path, path.name
@@ -106,7 +107,7 @@ def fetch_config(name: str) -> Path | None:
 
 def fetch_dataset(name: str, *, fetch: bool = True) -> tuple[Path, str]:
     """Return the local snapshot and commit of a dataset repository; raises as `fetch_model`."""
-    path = _snapshot(name, "dataset", ROW_PATTERNS, fetch, "its row files")
+    path = _snapshot(name, "dataset", ROW_PATTERNS, fetch, "its row files are")
     return path, path.name
 
 
@@ -138,7 +139,8 @@ def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: st
         raise NotCachedError(f"{kind} {name} is not in the cache")
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub at {constants.ENDPOINT} cannot be reached"
     raise SourceError(
-        f"{kind} {name}: {sought} is not in the local cache and {why}; download it once online, or give a folder"
+        f"{kind} {name}: there is no such folder, {sought} not in the local cache and {why}; "
+        "download it once online, or give a folder"
     )
 
 
@@ -322,3 +324,23 @@ def push(repository: str, files: Sequence[tuple[str, Path | bytes]], message: st
     except (_http.TransportError, OSError, RuntimeError, ValueError) as error:
         reason = f"the upload broke off ({type(error).__name__})"
     raise HubError(f"{repository}: not pushed: {reason}")
+
+
+def describe_hub() -> dict[str, Any]:
+    """Where models come from: endpoint, offline switch, cache with its size, and whether there is a token.
+
+    Returns
+    -------
+    dict
+        `token` is "HF_TOKEN", "stored" or None, never the token itself.
+    """
+    cache = Path(constants.HF_HUB_CACHE)
+    token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "stored" if get_token() else None
+    return {
+        "endpoint": constants.ENDPOINT,
+        "offline": constants.HF_HUB_OFFLINE,
+        "token": token,
+        "home": constants.HF_HOME,
+        "cache": str(cache),
+        "cache_bytes": sum(p.stat().st_size for p in cache.glob("*--*/blobs/*") if p.is_file()),
+    }

@@ -60,7 +60,8 @@ def run_tasks(
     for task in tasks:
         if task not in known:
             where = f"in {task_path}" if task_path else "to lm-eval"
-            raise ConfigError(f"task {task!r} is not known {where}{suggest(task, known)}")
+            listed = "" if task_path else "; `lm-eval ls tasks` lists all, --task-path names a folder of your own"
+            raise ConfigError(f"task {task!r} is not known {where}{suggest(task, known) or listed}")
         if task in manager.all_tags:
             raise ConfigError(f"task {task!r} is a tag of several tasks and has no result of its own; name the tasks")
     results = simple_evaluate(

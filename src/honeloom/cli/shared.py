@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -102,13 +101,14 @@ def run_verb(
         return
     console.show_report(report)
     if out is not None:
+        if (out / "report.html").is_file():
+            console.say(f"report: {out / 'report.html'}")
         sys.stdout.write(f"{os.path.realpath(out)}\n")  # not the report's: a reused folder may have been moved
 
 
 def _quiet_libraries() -> None:
     """Keep libraries from talking over the command; their errors still come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

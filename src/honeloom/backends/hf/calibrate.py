@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from honeloom.backends.devices import release_memory
 from honeloom.backends.hf.chat import Encoded
-from honeloom.backends.hf.local_steps import build_optimizer, local_steps
+from honeloom.backends.hf.local_steps import build_optimizer, collator, local_steps
 from honeloom.tuning.config import TuneConfig
 
 __all__ = ["seconds_per_step"]
@@ -83,12 +83,13 @@ def _timed(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, settings.optimizer, settings.learning_rate)
+    collate = collator(settings.packing, [row for rows in passes for row in rows])
     seconds = []
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
         for _ in range(1 + TIMED):
             _wait(device)
             start = time.perf_counter()
-            local_steps(model, [passes], optimizer, max_grad_norm=settings.max_grad_norm)
+            local_steps(model, [passes], optimizer, max_grad_norm=settings.max_grad_norm, collate=collate)
             _wait(device)
             seconds.append(time.perf_counter() - start)
     del model, optimizer

@@ -7,19 +7,21 @@ schedule with the same functions, and a test holds the two to the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
 from honeloom.backends.hf.chat import Encoded
-from honeloom.backends.hf.score import pad_batch
+from honeloom.backends.hf.score import pack_batch, pad_batch
 from honeloom.errors import NotFiniteError
 from honeloom.tuning.config import AdamWConfig, Optimizer
 
-__all__ = ["build_optimizer", "build_schedule", "local_steps", "restore_trainable", "trainable_state"]
+__all__ = ["build_optimizer", "build_schedule", "collator", "local_steps", "restore_trainable", "trainable_state"]
 
+Collator = Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
@@ -43,6 +45,22 @@ def build_schedule(optimizer: torch.optim.Optimizer, name: str, steps: int, warm
     return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
+def collator(packing: bool, rows: Sequence[Encoded]) -> Collator:
+    """How a batch becomes tensors: padded, or packed into sequences no longer than the longest of `rows`."""
+    return partial(_packed, width=max(len(e.ids) for e in rows)) if packing else _padded
+
+
+def _padded(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    ids, mask, labels = pad_batch(batch, torch.device("cpu"))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _packed(batch: Sequence[Encoded], width: int) -> dict[str, torch.Tensor]:
+    """Without a mask: transformers keeps attention within a row by the positions."""
+    ids, positions, labels = pack_batch(batch, width)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
 def local_steps(
     model: Any,
     batches: Iterable[Sequence[Sequence[Encoded]]],
@@ -50,6 +68,7 @@ def local_steps(
     schedule: Schedule | None = None,
     *,
     max_grad_norm: float = 1.0,
+    collate: Collator = _padded,
 ) -> list[float]:
     """Train for as many optimizer steps as there are batches.
 
@@ -63,6 +82,8 @@ def local_steps(
         From `build_optimizer` and `build_schedule`.
     max_grad_norm : float
         Gradients are scaled down to this L2 norm.
+    collate : callable
+        From `collator`.
 
     Returns
     -------
@@ -82,8 +103,8 @@ def local_steps(
         targets = sum(sum(e.scored[1:]) for rows in passes for e in rows)
         total = 0.0
         for rows in passes:
-            ids, mask, labels = pad_batch(rows, model.device)
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
+            inputs = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+            loss = model(**inputs, num_items_in_batch=targets).loss
             loss.backward()
             total += float(loss.detach())
         if not torch.isfinite(torch.tensor(total)):

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded
-from honeloom.backends.hf.local_steps import build_optimizer, build_schedule
-from honeloom.backends.hf.score import pack_batch, pad_batch
+from honeloom.backends.hf.local_steps import build_optimizer, build_schedule, collator
 from honeloom.config.base import DEFAULT_MAX_TOKENS
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.ops.noise import permutation
@@ -206,7 +204,7 @@ def train(
             model=model,
             args=_arguments(config, folder, steps, device, autocast, name),
             train_dataset=_Rows([encoded[i] for i in order]),
-            data_collator=partial(collate_packed, width=max(lengths)) if config.packing else collate,
+            data_collator=collator(config.packing, encoded),
             callbacks=[watcher, *_tensorboard(config, folder.parent / "tensorboard")],
         )
         # Under autocast the library would copy every input of an adapter to fp32, and autocast copy it back.
@@ -365,18 +363,6 @@ class _OrderedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
-
-
-def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-    """Pad a batch as the Trainer wants it."""
-    ids, mask, labels = pad_batch(batch, torch.device("cpu"))
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def collate_packed(batch: Sequence[Encoded], *, width: int) -> dict[str, torch.Tensor]:
-    """Pack a batch as the Trainer wants it; without a mask, transformers keeps attention within a row by positions."""
-    ids, positions, labels = pack_batch(batch, width)
-    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 class _Watcher(TrainerCallback):
