@@ -100,3 +100,20 @@ def test_plans_reuse_and_checks_load_no_engine(finished, tmp_path, rows, tiny_mo
     names, printed = command("lineage", out, "--row", "r1")
     assert "  row r1: " in printed
     assert not ENGINES & names
+
+
+def test_plain_models_need_no_extra(tmp_path, rows, tiny_model):
+    """Without peft, accelerate, datasets and bitsandbytes a model is scored on; tune names the extra."""
+    bare = "for n in ('peft', 'accelerate', 'datasets', 'bitsandbytes'): sys.modules[n] = None\n"
+    code = f"{bare}from honeloom.cli.main import main; main(sys.argv[1:])"
+
+    def run(*arguments):
+        command = [sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    out = tmp_path / "out"
+    done = run("select", rows, "--method", "ifd", "--model", tiny_model, "--keep", "50%", "--output-dir", out)
+    assert done.returncode == 0, done.stderr
+    done = run("tune", tiny_model, rows, "--output-dir", tmp_path / "tuned")
+    assert (done.returncode, "pip install 'honeloom[tune]'" in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr

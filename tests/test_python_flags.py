@@ -33,9 +33,10 @@ def test_every_flag_of_a_verb_is_known_to_its_function(verb):
     command = typer.main.get_command(app).commands[verb]
     known = {
         *load_target(VERBS[verb].config).model_fields, *FLAGS.get(verb, {}),
-        *inspect.signature(getattr(honeloom, verb)).parameters, "overwrite", "resume", "set_", "out",
+        *inspect.signature(getattr(honeloom, verb)).parameters, "overwrite", "resume", "set_", "out", "push_to_hub",
     }  # fmt: skip
-    assert {p.name for p in command.params} - {"json", "dry_run"} <= known
+    planned = {"dry_run", *inspect.signature(honeloom.plan).parameters}
+    assert {p.name for p in command.params} - {"json"} - planned <= known
 
 
 def test_rank_in_python():

@@ -12,7 +12,7 @@ import pytest
 
 from honeloom import plugins, registry
 from honeloom.config.base import validate
-from honeloom.errors import HoneloomError, UnknownNameError
+from honeloom.errors import HoneloomError, MissingExtraError, UnknownNameError
 from honeloom.registry import FAMILIES, Method, Registry, family, load_target, suggest
 from honeloom.verbs import VERBS
 
@@ -79,7 +79,7 @@ def test_unknown_names_get_a_suggestion_and_the_list():
     table = Registry("merging", [row("linear"), row("slerp")])
     with pytest.raises(UnknownNameError) as caught:
         table.load("slrp")
-    assert str(caught.value) == "unknown merging method 'slrp'; did you mean 'slerp'? known: linear, slerp"
+    assert str(caught.value) == "unknown merging method 'slrp'; did you mean 'slerp'? (known: linear, slerp)"
     with pytest.raises(UnknownNameError, match="unknown kind 'merge'; did you mean 'merging'"):
         family("merge")
     assert suggest("x", ["linear"]) == ""
@@ -143,3 +143,11 @@ def test_a_plug_in_may_not_shadow_a_built_in_and_what_is_no_method_is_named(entr
 
 def test_the_families_are_those_of_the_entry_point_groups():
     assert list(registry.FAMILIES) == list(FAMILIES) == ["selection", "tuning", "merging", "dropping"]
+
+
+def test_a_target_that_needs_an_extra_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"peft is not installed: pip install 'honeloom\[tune\]'"):
+        load_target("peft.nowhere:anything")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_ours"):
+        load_target("nothing_of_ours:anything")

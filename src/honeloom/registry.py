@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from honeloom.errors import HoneloomError, UnknownNameError
+from honeloom.errors import HoneloomError, MissingExtraError, UnknownNameError
 
 __all__ = ["FAMILIES", "Method", "Registry", "family", "load_target", "suggest"]
 
@@ -26,6 +26,10 @@ FAMILIES: dict[str, str] = {
     "dropping": "honeloom.dropping",
 }
 """Kind of method -> the package whose `METHODS` table lists it."""
+
+
+EXTRAS = {"peft": "tune", "accelerate": "tune", "datasets": "tune", "lm_eval": "lm-eval", "bitsandbytes": "quant"}
+"""Module -> the extra that brings it, for what is imported on the way to a target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,26 @@ class Method:
 
 
 def load_target(target: str) -> Any:
-    """Import "module:attribute" and return the attribute."""
+    """Import "module:attribute" and return the attribute.
+
+    Raises
+    ------
+    MissingExtraError
+        Something that it imports belongs to an extra that is not installed.
+    """
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise HoneloomError(f"{target!r}: module {module} has no {attribute!r}") from error
+    except ModuleNotFoundError as error:
+        absent = (error.name or "").partition(".")[0]
+        if absent not in EXTRAS:
+            raise
+        raise MissingExtraError(
+            f"{absent} is not installed: pip install 'honeloom[{EXTRAS[absent]}]'; `honeloom doctor` lists what every "
+            "extra adds"
+        ) from None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -108,7 +126,7 @@ class Registry:
         """Return the row called `name`, or raise UnknownNameError with a suggestion."""
         if name not in self._rows:
             raise UnknownNameError(
-                f"unknown {self.kind} method {name!r}{suggest(name, self._rows)} known: {', '.join(self._rows)}"
+                f"unknown {self.kind} method {name!r}{suggest(name, self._rows)} (known: {', '.join(self._rows)})"
             )
         return self._rows[name]
 
@@ -125,7 +143,7 @@ class Registry:
 def family(kind: str) -> Registry:
     """Return the registry of a family with its plug-ins."""
     if kind not in FAMILIES:
-        raise UnknownNameError(f"unknown kind {kind!r}{suggest(kind, FAMILIES)} known: {', '.join(FAMILIES)}")
+        raise UnknownNameError(f"unknown kind {kind!r}{suggest(kind, FAMILIES)} (known: {', '.join(FAMILIES)})")
     registry = Registry(kind, importlib.import_module(FAMILIES[kind]).METHODS)
     load_target("honeloom.plugins:add_plugins")(registry)
     return registry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -155,9 +156,34 @@ def test_doctor(cli, monkeypatch):
     assert document["disk_free_bytes"] > 0
     assert "devices" not in document
     assert "HF_TOKEN" not in document["variables"]
-    text = cli("doctor").out
+    assert document["hub"]["token"] == "HF_TOKEN"
+    done = cli("doctor")
+    text = done.out
     assert text.startswith(f"honeloom {honeloom.__version__} on Python ")
-    assert "device: " in text
+    assert re.search(r"device: .+ \(cpu\), [\d.]+ of [\d.]+ GiB free", text)
+    assert "token in HF_TOKEN" in text
+    assert "hf_a" not in text + done.err
+    assert "extra tune: installed, adds tune, and adapters as models" in text
+
+
+def test_doctor_says_what_a_missing_extra_would_add(cli, monkeypatch):
+    from honeloom.runs import environment
+
+    monkeypatch.setattr(environment, "installed_version", lambda name: None if name == "bitsandbytes" else "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    lines = cli("doctor", "--no-devices").out.splitlines()
+    assert "extra quant: missing bitsandbytes; adds --load-in 4bit|8bit: pip install 'honeloom[quant]'" in lines
+    assert any(line.startswith("hub: ") and "no token (HF_TOKEN" in line for line in lines)
+
+
+def test_doctor_counts_the_cache(tmp_path, monkeypatch):
+    from honeloom.backends import hub
+
+    blob = tmp_path / "models--org--name" / "blobs" / "abc"
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"x" * 1000)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub.describe_hub()["cache_bytes"] == 1000
 
 
 def test_init_writes_a_recipe_that_loads_and_never_overwrites(cli, tmp_path, monkeypatch):
@@ -197,6 +223,10 @@ def test_rows_convert(cli, rows, tmp_path):
         {"role": "assistant", "content": "It is 0."},
     ]
     assert cli("rows", "convert", rows, out).code == 2
+    before = rows.read_bytes()
+    done = cli("rows", "convert", rows, rows, "--overwrite")
+    assert (done.code, "a file that this command reads" in done.err) == (2, True)
+    assert rows.read_bytes() == before
 
 
 def test_version_and_help(cli):

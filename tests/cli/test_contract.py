@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -155,7 +156,7 @@ def test_exit_2_for_what_the_user_can_mend(cli, rows, tmp_path, tiny_model):
     out = tmp_path / "out"
     cases = {
         ("select", rows): "give an output folder (--output-dir OUT)",
-        ("select", rows, "--output-dir", out, "--kep", "5"): "No such option",
+        ("select", rows, "--output-dir", out, "--kep", "5"): "no such option '--kep'; did you mean '--keep'",
         ("select", rows, "--output-dir", out, "--keep", "0%"): "a share lies in (0%, 100%]",
         ("select", rows, "--output-dir", out, "--method", "lenght"): "'lenght'; did you mean 'length'?",
         ("select", rows, "--output-dir", out, "--method", "ifd"): "needs a model (--model)",
@@ -177,13 +178,13 @@ def test_exit_2_for_what_the_user_can_mend(cli, rows, tmp_path, tiny_model):
         ("evaluate", "or\ng/name", "--rows", rows): "control characters",
         ("evaluate", "or\0g/name", "--rows", rows): "control characters",
         ("evaluate", rows, "--rows", rows): "no such folder",
-        ("evaluate", tmp_path, "--rows", rows): "no model files",
+        ("evaluate", tmp_path, "--rows", rows): "no config.json or adapter_config.json (found rows.jsonl)",
         ("verify", tmp_path / "nothing"): "is not a folder",
         ("lineage", tmp_path): "not a finished honeloom result",
         ("report", tmp_path): "not a finished honeloom result",
         ("methods", "mergin"): "unknown kind 'mergin'; did you mean 'merging'?",
         ("rows", "convert", rows, tmp_path / "x.jsonl", "--to", "xml"): "choose one of",
-        ("nonsense",): "No such command",
+        ("nonsense",): "no such command 'nonsense'",
     }
     for arguments, message in cases.items():
         done = cli(*arguments)
@@ -258,8 +259,9 @@ def test_exit_3_for_a_result_that_is_not_what_it_claims(cli, rows, tmp_path, mon
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_command_says_so_and_can_be_run_again(cli, recipe, tmp_path, number, code):
+def test_an_interrupted_command_says_so_and_can_be_run_again(cli, recipe, tmp_path, tmp_path_factory, number, code):
     out, mark = tmp_path / "out", tmp_path / "mark"
+    said = tmp_path_factory.mktemp("streams") / "err"
 
     def wait(label: str) -> None:
         if label == "rename 2-merged":
@@ -270,6 +272,7 @@ def test_an_interrupted_command_says_so_and_can_be_run_again(cli, recipe, tmp_pa
     if pid == 0:
         atomic.observers.append(wait)
         status = 99
+        sys.stderr = said.open("w", buffering=1)
         try:
             from honeloom.cli.main import main
 
@@ -285,6 +288,8 @@ def test_an_interrupted_command_says_so_and_can_be_run_again(cli, recipe, tmp_pa
     time.sleep(0.2)
     os.kill(pid, number)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    ended = "interrupted" if number == signal.SIGINT else "terminated"
+    assert f"error: {ended}; run the same command again to go on from here" in said.read_text()
     assert not out.exists()
     done = cli("run", recipe, "--output-dir", out)
     assert done.code == 0

@@ -106,7 +106,7 @@ def test_set_that_leads_nowhere(steps, override, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("version: 1", "version: 2", "version: Input should be 1"),
+        ("version: 1", "version: 2", "version: must be 1"),
         ("version: 1\n", "", "missing key 'version'"),
         ("seed: 7", "sed: 7", "unknown key 'sed'; did you mean 'seed'?"),
         ("{select: {rows: $rows, keep: 5%}}", "{select: {}, tune: {}}", "exactly one verb, found ['select', 'tune']"),
@@ -129,7 +129,7 @@ def test_set_that_leads_nowhere(steps, override, message):
         ("keep: 5%", "keep: 0", "counts and tokens are whole numbers above 0"),
         ("seed: 3", "seed: -3", "greater than or equal to 0"),
         ("seed: 3", "device: gpu", "device"),
-        ("stages:", "stages: {}\nx:", "stages: Dictionary should have at least 1 item"),
+        ("stages:", "stages: {}\nx:", "stages: must not be empty"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(steps, old, new, message):

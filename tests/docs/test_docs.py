@@ -33,9 +33,9 @@ NAMES = [p.relative_to(ROOT).as_posix() for p in PAGES]
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 _SHELL = set("|<>&;$`*")
-_OTHER_TOOLS = {"--help", "--version"}
+_OTHER_TOOLS = {"--help", "--version", "--config_file", "--num_processes", "--nproc-per-node"}
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_a_folder_that_holds_the_place_the_home_or_an_input_is_never_replaced(tm
 def test_the_current_folder_is_not_swapped_away_even_when_empty(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(OutputExistsError, match=r"here is .*here, which"):
+    with pytest.raises(OutputExistsError, match="here is a folder, which"):
         publish(Path("."))
 
 

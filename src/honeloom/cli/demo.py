@@ -10,6 +10,8 @@ import typer
 import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb
+from honeloom.errors import MissingExtraError
+from honeloom.registry import load_target
 
 
 def demo(
@@ -23,6 +25,8 @@ def demo(
 
     Example: honeloom demo
     """
+    if load_target("honeloom.runs.environment:installed_version")("peft") is None:
+        raise MissingExtraError("the demo tunes, and peft is not installed: pip install 'honeloom[tune]'")
     recipe = Path(__file__).parent / "demo.yaml"
 
     def call(output_dir: Path, **options: Any) -> Any:

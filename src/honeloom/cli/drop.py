@@ -14,22 +14,33 @@ from honeloom.cli.shared import choose_out, run_verb, settings
 def drop(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, id@rev, path or lab:base.")],
     out: o.OutArgument = None,
-    attention: Annotated[int | None, typer.Option("--attention", metavar="N", help="Attentions to drop.")] = None,
-    mlp: Annotated[int | None, typer.Option("--mlp", metavar="N", help="MLPs to drop.")] = None,
-    block: Annotated[int | None, typer.Option("--block", metavar="N", help="Whole blocks to drop.")] = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option("--calibration", metavar="ROWS", help="Rows on which importance is measured.")
+    attention: Annotated[
+        int | None, typer.Option("--attention", metavar="N", help="Attentions to drop.  [default: 0]")
     ] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="See `honeloom methods dropping` [cosine].")] = None,
-    profile: Annotated[str | None, typer.Option("--profile", metavar="zero", help="How the result is written.")] = None,
+    mlp: Annotated[int | None, typer.Option("--mlp", metavar="N", help="MLPs to drop.  [default: 0]")] = None,
+    block: Annotated[
+        int | None, typer.Option("--block", metavar="N", help="Whole blocks to drop.  [default: 0]")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration", metavar="ROWS", help="Rows on which importance is measured; repeatable.  [required]"
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="See `honeloom methods dropping`.  [default: cosine]")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="zero", help="How the result is written.  [default: zero]")
+    ] = None,
     limit: o.Limit = None,
     split: o.Split = None,
     strict: o.Strict = False,
     max_bad: o.MaxBad = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", metavar="N", help="Calibration rows at most [256].")
+        int | None, typer.Option("--samples", metavar="N", help="Calibration rows at most.  [default: 256]")
     ] = None,
-    batch_size: o.BatchSize = None,
+    batch_size: o.SmallBatchSize = None,
     max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",

@@ -14,17 +14,26 @@ from honeloom.cli.shared import run_verb, settings
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, id@rev, path or lab:base.")],
     rows: Annotated[
-        list[str] | None, typer.Option("--rows", metavar="ROWS", help="Rows to measure on (repeatable).")
+        list[str] | None, typer.Option("--rows", metavar="ROWS", help="Rows to measure on; repeatable.")
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", metavar="T", help="lm-eval tasks (repeatable or a,b).")
+        list[str] | None,
+        typer.Option("--tasks", metavar="T", help="lm-eval tasks; repeatable, or a,b (extra lm-eval)."),
     ] = None,
     task_path: Annotated[
-        str | None, typer.Option("--task-path", metavar="DIR", help="Your own lm-eval task files.")
+        str | None, typer.Option("--task-path", metavar="DIR", help="Your own lm-eval task files, for --tasks.")
     ] = None,
-    against: Annotated[str | None, typer.Option("--against", metavar="MODEL|OUT", help="Compare, row by row.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL|OUT",
+            help="Another model, or an earlier evaluation, to compare with row by row.",
+        ),
+    ] = None,
     train_rows: Annotated[
-        list[str] | None, typer.Option("--train-rows", metavar="ROWS", help="Training rows, for the overlap check.")
+        list[str] | None,
+        typer.Option("--train-rows", metavar="ROWS", help="Training rows, for the overlap check; repeatable."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows (N examples of each task).")

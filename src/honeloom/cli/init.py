@@ -32,4 +32,5 @@ def init(
     write_bytes = load_target("honeloom.runs.atomic:write_bytes")
     load_target("honeloom.runs.atomic:write_json")(schema_path, load_target("honeloom.config.recipe:recipe_schema")())
     write_bytes(path, text.replace("SCHEMA_FILE", schema_path.name).encode())
+    typer.echo(f"wrote {path} and {schema_path}; next: honeloom run {path} --output-dir out --dry-run", err=True)
     typer.echo(path)

@@ -14,6 +14,7 @@ from honeloom.cli.demo import demo
 from honeloom.cli.doctor import doctor
 from honeloom.cli.drop import drop
 from honeloom.cli.evaluate import evaluate
+from honeloom.cli.help import explain_usage, help_of, summary_of
 from honeloom.cli.init import init
 from honeloom.cli.lineage import lineage
 from honeloom.cli.merge import merge
@@ -37,11 +38,12 @@ app = typer.Typer(
     help="Adapt open language models: choose rows, tune, merge, drop layers, and prove every step.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    suggest_commands=False,  # click suggests already
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for command in (demo, init, run, select, tune, merge, drop, evaluate, verify, report, lineage, methods, doctor):
-    app.command()(command)
+    app.command(help=help_of(command), short_help=summary_of(command))(command)
 app.add_typer(rows, name="rows")
 
 
@@ -68,19 +70,21 @@ def _run(arguments: list[str] | None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with terminate_cleanly():
-            result = app(args=arguments, standalone_mode=False)
+            result = app(args=arguments, prog_name="honeloom", standalone_mode=False)
+        if result == 130:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except HoneloomError as error:
         return _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        return _fail("interrupted; run the same command again to go on from here", 130)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return _fail("interrupted; run the same command again to go on from here", 130)
     except Terminated:
         return _fail("terminated; run the same command again to go on from here", 143)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()  # the help itself
+            return error.exit_code
+        return _fail(explain_usage(error), error.exit_code)
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
     except Exception:

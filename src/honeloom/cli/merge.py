@@ -16,10 +16,18 @@ from honeloom.registry import load_target
 def merge(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: models, method, base_model; or mergekit's.")],
     out: o.OutArgument = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Every random choice follows from it [0].")] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="[auto]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Every random choice follows from it.  [default: 0]")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to check the result.  [default: auto]"
+        ),
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Of the output [the donor's].")
+        str | None,
+        typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the output.  [default: the donor's]"),
     ] = None,
     set_: o.Set = None,
     output_dir: o.OutputDir = None,

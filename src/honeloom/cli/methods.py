@@ -12,7 +12,9 @@ from honeloom.registry import FAMILIES, family
 
 
 def methods(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(FAMILIES)}.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(FAMILIES)}.  [default: all]")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """List every method: name, version, defaults, paper.

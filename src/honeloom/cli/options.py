@@ -9,7 +9,7 @@ import typer
 
 __all__ = [
     "Attn", "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength",
-    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "Split", "Strict",
+    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "SmallBatchSize", "Split", "Strict",
 ]  # fmt: skip
 
 OutArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder for the result (or --output-dir).")]
@@ -26,29 +26,46 @@ PushToHub = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; load no weights, write nothing.")]
-Seed = Annotated[int, typer.Option("--seed", help="Every random choice follows from it.")]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the loaded weights.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Every random choice follows from it.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute; auto takes cuda, then mps."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the loaded weights; auto is bf16 on CUDA."),
+]
 LoadIn = Annotated[
-    str | None, typer.Option("--load-in", metavar="4bit|8bit", help="Quantise the loaded weights (extra quant).")
+    str | None,
+    typer.Option("--load-in", metavar="4bit|8bit", help="Quantise the loaded weights (extra quant).  [default: no]"),
 ]
 Attn = Annotated[
-    str | None, typer.Option("--attn", metavar="sdpa|flash|eager", help="Attention kernel [the model's own choice].")
+    str | None, typer.Option("--attn", metavar="sdpa|flash|eager", help="Attention kernel.  [default: the model's]")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Read only the first N rows.  [default: all]")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set any key of the settings (repeatable).")
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set any key of the settings; repeatable.")
 ]
 Split = Annotated[
     str | None,
-    typer.Option("--split", metavar="A-B", help="Only rows whose id's hash lies in this part of 0-1, as 0-0.8."),
+    typer.Option(
+        "--split", metavar="A-B", help="Only rows whose id's hash lies in this part of 0-1, as 0-0.8.  [default: all]"
+    ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable row.")]
 MaxBad = Annotated[
     float | None,
-    typer.Option("--max-bad", metavar="SHARE", help="Stop if more than this share of rows is unusable [0.01]."),
+    typer.Option(
+        "--max-bad", metavar="SHARE", help="Stop if more than this share of rows is unusable.  [default: 0.01]"
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.  [default: 16]")
+]
+SmallBatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", help="Rows per forward pass.  [default: 8]")
+]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", metavar="N", help="Tokens per row [the model's limit, at most 2048].")
+    int | None,
+    typer.Option("--max-length", metavar="N", help="Tokens per row.  [default: the model's limit, at most 2048]"),
 ]

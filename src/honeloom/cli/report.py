@@ -13,7 +13,7 @@ from honeloom.registry import load_target
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that a honeloom command wrote.")],
 ) -> None:
-    """Write report.html (one self-contained page) from report.json again.
+    """Write report.html again from report.json: one self-contained page (extra report).
 
     Example: honeloom report run1
     """

@@ -8,16 +8,19 @@ from typing import Annotated
 import typer
 
 from honeloom.cli import options as o
+from honeloom.cli.help import help_of, summary_of
 from honeloom.cli.shared import print_json, terminal
 from honeloom.registry import load_target
 
 rows = typer.Typer(help="Look at rows, and convert between formats.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@rows.command()
 def preview(
     sources: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Its tokenizer and chat template are used.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="The model whose tokenizer and chat template render the rows."),
+    ],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows to print.")] = 5,
     limit: o.Limit = None,
     max_length: o.MaxLength = None,
@@ -37,7 +40,6 @@ def preview(
     load_target("honeloom.cli.preview:print_preview")(result, console)
 
 
-@rows.command()
 def convert(
     sources: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .jsonl, .jsonl.gz or .parquet.")],
@@ -51,11 +53,15 @@ def convert(
 
     Example: honeloom rows convert alpaca.json rows.jsonl --to messages
     """
+    console = terminal(False)
     written, rejected = load_target("honeloom.stages.rows:convert")(
         sources, out, to=to, limit=limit, overwrite=overwrite
     )
-    console = terminal(False)
     for bad in rejected[:5]:
         console.warn(f"{bad.where}: {bad.reason}")
     console.say(f"{written} rows written, {len(rejected)} rejected")
     typer.echo(out)
+
+
+for _command in (preview, convert):
+    rows.command(help=help_of(_command), short_help=summary_of(_command))(_command)

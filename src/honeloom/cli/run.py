@@ -16,10 +16,14 @@ from honeloom.errors import ConfigError
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML with named stages; see `honeloom init`.")],
     out: o.OutArgument = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of stages that name none [the recipe's].")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Seed of stages that name none.  [default: the recipe's]")
+    ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="A variable (model=X) or a stage's key (pick.keep=5%)."),
+        typer.Option(
+            "--set", metavar="A.B=C", help="A variable (model=X) or a stage's key (pick.keep=5%); repeatable."
+        ),
     ] = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,

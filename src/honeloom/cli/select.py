@@ -13,13 +13,22 @@ from honeloom.cli.shared import run_verb, settings
 
 def select(
     rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
-    method: Annotated[str | None, typer.Option("--method", help="See `honeloom methods selection` [random].")] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Scores the rows.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="See `honeloom methods selection`.  [default: random]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Scores the rows; random and stratified need none.")
+    ] = None,
     keep: Annotated[
-        str | None, typer.Option("--keep", metavar="10%|500|200000tok", help="How much to keep [10%].")
+        str | None,
+        typer.Option("--keep", metavar="10%|500|200000tok", help="Share, rows or tokens to keep.  [default: 10%]"),
     ] = None,
     near_duplicates: Annotated[
-        float | None, typer.Option("--near-duplicates", metavar="J", help="Reject rows this similar (Jaccard).")
+        float | None,
+        typer.Option(
+            "--near-duplicates", metavar="J", help="Also reject rows this similar (Jaccard, 0-1).  [default: no]"
+        ),
     ] = None,
     limit: o.Limit = None,
     split: o.Split = None,

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +28,17 @@ __all__ = ["Terminal"]
 
 PIPED_WIDTH = 200
 """Columns of tables where there is no terminal: wide enough that paths are not cut."""
+
+
+class _RateColumn(ProgressColumn):
+    """Items per second, or seconds per item where they take longer."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of the last seconds, as `12/s` or `3.4 s each`."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed >= 1 else f"{1 / speed:,.1f} s each")
 
 
 class Terminal:
@@ -40,16 +60,18 @@ class Terminal:
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Show a bar with count and time left on a terminal; nothing when piped."""
+        """Show a bar with count, rate and time left on a terminal; nothing when piped."""
         if not sys.stderr.isatty():
             yield lambda amount: None
             return
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),  # all columns fit in 80 characters
             MofNCompleteColumn(),
+            _RateColumn(),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(label, total=total)

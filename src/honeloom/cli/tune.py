@@ -10,32 +10,52 @@ import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb, settings
 
+Method = Annotated[str | None, typer.Option("--method", metavar="lora|full", help="What is trained.  [default: lora]")]
+Optimizer = Annotated[
+    str | None, typer.Option("--optimizer", metavar="adamw|sgd", help="What updates the weights.  [default: adamw]")
+]
+Epochs = Annotated[float | None, typer.Option("--epochs", metavar="E", help="Passes over the rows.  [default: 1]")]
+Rate = Annotated[
+    float | None, typer.Option("--lr", metavar="X", help="Learning rate.  [default: 2e-4 lora, 2e-5 full]")
+]
+Accumulate = Annotated[
+    int | None, typer.Option("--accumulate", metavar="N", help="Forward passes per optimizer step.  [default: 1]")
+]
+GroupByLength = Annotated[
+    bool, typer.Option("--group-by-length", help="Batch rows of similar length: less padding, another order.")
+]
+Recompute = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Compute activations again: less memory, about a third slower."),
+]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option("--report-to", metavar="NAME", help="trackio, wandb, mlflow or tensorboard; repeatable."),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", help="With --dry-run: read the rows and time a few steps, for tokens and seconds."),
+]
+
 
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, id@rev, path or lab:base.")],
     rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
-    method: Annotated[str | None, typer.Option("--method", metavar="lora|full", help="What is trained [lora].")] = None,
-    optimizer: Annotated[str | None, typer.Option("--optimizer", metavar="adamw|sgd", help="[adamw]")] = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Optimizer steps.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", metavar="E", help="Passes over the rows [1].")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate [2e-4 lora, 2e-5 full].")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="LoRA rank [8].")] = None,
-    batch_size: o.BatchSize = None,
-    accumulate: Annotated[
-        int | None, typer.Option("--accumulate", metavar="N", help="Forward passes per optimizer step [1].")
+    method: Method = None,
+    optimizer: Optimizer = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", metavar="N", help="Optimizer steps, instead of --epochs.")
     ] = None,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="LoRA rank.  [default: 8]")] = None,
+    batch_size: o.SmallBatchSize = None,
+    accumulate: Accumulate = None,
     max_length: o.MaxLength = None,
     packing: Annotated[bool, typer.Option("--packing", help="Lay rows end to end instead of padding them.")] = False,
-    group_by_length: Annotated[
-        bool, typer.Option("--group-by-length", help="Batch rows of similar length: less padding, another order.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about 30% slower.")
-    ] = False,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option("--report-to", metavar="TRACKER", help="trackio, wandb, mlflow or tensorboard (repeatable)."),
-    ] = None,
+    group_by_length: GroupByLength = False,
+    gradient_checkpointing: Recompute = False,
+    report_to: ReportTo = None,
     limit: o.Limit = None,
     split: o.Split = None,
     seed: o.Seed = 0,
@@ -52,12 +72,9 @@ def tune(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="With --dry-run: read the rows and time a few steps, for tokens and seconds."),
-    ] = False,
+    calibrate: Calibrate = False,
 ) -> None:
-    """Tune a model on rows on one machine: an adapter (default) or a full model out.
+    """Tune a model on rows: an adapter (default) or a full model out.
 
     Example: honeloom tune org/model rows.jsonl --rank 16 --epochs 3 --output-dir tuned
     """

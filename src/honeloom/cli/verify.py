@@ -16,7 +16,7 @@ def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Any folder that a honeloom command wrote.")],
     json: o.Json = False,
 ) -> None:
-    """Re-check an artefact: every file's size and hash, and the structure of weights; any problem exits with 3.
+    """Check a result again: every file's size and hash, and the structure of weights; any problem exits with 3.
 
     Example: honeloom verify run1
     """
@@ -26,7 +26,8 @@ def verify(
     else:
         console = terminal(False)
         for p in report.details["problems"]:
-            found = f" (expected {p['expected']}, found {p['found']})" if p["expected"] is not None else ""
+            told = p["expected"] is not None and p["found"] is not None
+            found = f" (expected {p['expected']}, found {p['found']})" if told else ""
             console.say(f"{p['file']}: {p['problem']}{found}")
         console.say(f"{report.details['files']} files checked, {len(report.details['problems'])} problems")
         typer.echo(path)

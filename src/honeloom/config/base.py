@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,16 @@ RowsInput = Annotated[
     tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows"), WithJsonSchema(_ONE_OR_MORE, mode="validation")
 ]
 """Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+|mps)$")]
+_DEVICE = re.compile(r"^(auto|cpu|cuda|cuda:\d+|mps)$")
+
+
+def _check_device(value: str) -> str:
+    if not _DEVICE.match(value):
+        raise ValueError("use auto, cpu, cuda, cuda:N (the GPU number N) or mps")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_check_device), Field(json_schema_extra={"pattern": _DEVICE.pattern})]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 LoadIn = Annotated[
     Literal["4bit", "8bit"] | None,
@@ -101,12 +111,20 @@ class VerbConfig(Config):
 
 def _as_range(value: Any) -> Any:
     """Accept "0.2-0.8" as on the command line."""
-    return tuple(value.split("-")) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    parts = value.split("-")
+    if len(parts) != 2:
+        raise ValueError(_SPLIT_FORM)
+    return tuple(parts)
+
+
+_SPLIT_FORM = "a split is START-STOP with 0 <= START < STOP <= 1, for example 0-0.8"
 
 
 def _check_range(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= value[0] < value[1] <= 1:
-        raise ValueError("a split is START-STOP with 0 <= START < STOP <= 1, for example 0-0.8")
+        raise ValueError(_SPLIT_FORM)
     return value
 
 
@@ -190,23 +208,54 @@ def validate(cls: type[ConfigT], data: Mapping[str, Any], *, what: str) -> Confi
 
 
 def _describe(cls: type[BaseModel], problem: Any) -> str:
-    """One line for one pydantic problem, with the near miss for an unknown key."""
-    place = ".".join(str(p) for p in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    """One line for one pydantic problem: the key as it is written, the value, what is allowed, the near miss."""
+    kind, place = problem["type"], _written(cls, problem["loc"])
+    value = problem.get("input")
+    if kind == "extra_forbidden":
         known = _fields_at(cls, problem["loc"][:-1])
         name = str(problem["loc"][-1])
         return f"unknown key {place!r}{suggest(name, known)} (known: {', '.join(sorted(known))})"
-    if problem["type"] == "union_tag_invalid":
+    if kind == "union_tag_invalid":
         context = problem["ctx"]
         tags = [t.strip().strip("'") for t in context["expected_tags"].split(",")]
         return (
             f"{place}: unknown type {context['tag']!r}{suggest(str(context['tag']), tags)} (known: {', '.join(tags)})"
         )
-    if problem["type"] == "missing":
-        return f"missing key {place!r}"
-    if problem["type"] == "value_error":  # our own validators say all that is needed
-        return f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
-    return f"{place}: {problem['msg']} (got {problem.get('input')!r:.80})"
+    if kind == "missing":
+        return f"missing key {place!r}{_meaning(cls, problem['loc'])}"
+    if kind == "value_error":  # our own validators say all that is needed
+        text = str(problem["ctx"]["error"])
+        if not place:
+            return text
+        told = not isinstance(value, str | int | float) or repr(value) in text
+        return f"{place}: {text}" + ("" if told else f" (got {value!r:.80})")
+    text = problem["msg"].replace("Input should be", "must be", 1)
+    if kind == "too_short":
+        least = problem["ctx"]["min_length"]
+        text = "must not be empty" if least == 1 else f"must have at least {least}"
+    near = ""
+    if kind == "literal_error":
+        near = suggest(str(value), re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+    return f"{place}: {text} (got {value!r:.80}){near}"
+
+
+def _written(cls: type[BaseModel], loc: tuple[Any, ...]) -> str:
+    """A place as a recipe writes it: pydantic's has the `type` of every choice between settings in it."""
+    parts, current = [], [cls]
+    for part in loc:
+        following = [sub for c in current for sub in _subconfigs(c, str(part))]
+        if not following and any(_tag(c) == str(part) for c in current):
+            current = [c for c in current if _tag(c) == str(part)]
+            continue
+        current = following
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _meaning(cls: type[BaseModel], loc: tuple[Any, ...]) -> str:
+    """What a missing key of the settings themselves stands for, where they say it."""
+    info = cls.model_fields.get(str(loc[0])) if len(loc) == 1 else None
+    return f" ({info.description.rstrip('.')})" if info and info.description else ""
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> set[str]:

@@ -228,7 +228,7 @@ def _check_bad(files: Sequence[RowFile], counts: RowCounts, rejected: list[Rejec
     examples = "; ".join(_say(row) for row in (bad or rejected)[:3])
     if counts.rows_usable == 0:
         names = ", ".join(file.label for file in files[:5]) or "no files"
-        why = f": {examples}" if examples else ""
+        why = f": {examples}" if examples else "; give a file that holds rows"
         raise RowsError(f"no usable row in {names} ({counts.rows_in} rows read){why}")
     if len(bad) > max_bad * counts.rows_in:
         raise RowsError(

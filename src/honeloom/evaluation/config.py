@@ -37,5 +37,5 @@ class EvaluateConfig(RowsConfig):
         if not (self.rows or self.tasks):
             raise ValueError("nothing to measure: give rows (--rows) or tasks (--tasks)")
         if self.task_path and not self.tasks:
-            raise ValueError("task_path is only used with tasks")
+            raise ValueError(f"task_path {self.task_path!r} is only used with tasks; name some (--tasks)")
         return self

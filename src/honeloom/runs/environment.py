@@ -23,6 +23,15 @@ VARIABLES = (
 )  # fmt: skip
 
 
+ADDS = {
+    "tune": "tune, and adapters as models",
+    "lm-eval": "evaluate --tasks",
+    "quant": "--load-in 4bit|8bit",
+    "report": "report.html",
+}
+"""What each extra adds; the others are for later versions."""
+
+
 @cache
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, without importing it."""
@@ -51,7 +60,7 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _extras() -> dict[str, Any]:
-    """Which distributions each extra asks for, and which of them are absent."""
+    """What each extra adds, which distributions it asks for, and which of them are absent."""
     found: dict[str, Any] = {}
     for requirement in metadata.requires("honeloom") or []:
         name, _, marker = requirement.partition(";")
@@ -63,7 +72,7 @@ def _extras() -> dict[str, Any]:
             package = package.split(sign)[0]
         if extra in ("dev", "all") or package == "honeloom":
             continue
-        entry = found.setdefault(extra, {"needs": [], "missing": []})
+        entry = found.setdefault(extra, {"adds": ADDS.get(extra), "needs": [], "missing": []})
         entry["needs"].append(package)
         if installed_version(package) is None:
             entry["missing"].append(package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from honeloom.errors import LockedError
+from honeloom.errors import ConfigError, LockedError
 from honeloom.runs.atomic import commit_point
 from honeloom.system import drop_lock, try_lock
 
@@ -24,6 +25,8 @@ def writer_lock(out: Path) -> Iterator[None]:
     ------
     LockedError
         Another process holds it; the message names its pid and host.
+    ConfigError
+        The folder of `out` cannot be written.
     """
     path = out.with_name(f".{out.name}.lock")
     fd = _acquire(path, out)
@@ -39,7 +42,14 @@ def writer_lock(out: Path) -> Iterator[None]:
 
 def _acquire(path: Path, out: Path) -> int:
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise ConfigError(
+                f"{out}: nothing can be written in {out.parent} ({error.strerror}); choose another --output-dir"
+            ) from None
         try:
             try_lock(fd)
         except OSError:

@@ -162,6 +162,10 @@ def _make_parent(out: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         held = next(p for p in out.parents if p.exists())
         raise OutputExistsError(f"{out}: {held} is a file, so no folder can lie in it") from None
+    except PermissionError as error:
+        raise ConfigError(
+            f"{out}: {error.filename} cannot be made ({error.strerror}); choose another --output-dir"
+        ) from None
 
 
 def work_folder(out: Path, key: str) -> Path:
@@ -235,9 +239,9 @@ def _require_replaceable(out: Path, mode: Mode, inputs: Sequence[Path]) -> None:
         return
     for kept in (Path.cwd(), Path.home(), *(Path(os.path.realpath(i)) for i in inputs)):
         if kept == out or out in kept.parents:
+            what = f"{out} holds {kept}" if kept != out else f"{out} is a folder"
             raise OutputExistsError(
-                f"{out} {'is' if kept == out else 'holds'} {kept}, which this command reads or stands in; "
-                "choose another --output-dir"
+                f"{what}, which this command reads or stands in, so it is never replaced; choose another --output-dir"
             )
     if not any(out.iterdir()):
         return

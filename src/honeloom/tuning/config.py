@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from honeloom.config.base import Attention, Config, LoadIn, ModelInput, NoResultMark, RowsConfig, RowsInput
 from honeloom.config.methods import MethodConfig, default_type
 
 __all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
+
+
+def _as_names(value: Any) -> Any:
+    """Let one module's name stand for a list of one."""
+    return (value,) if isinstance(value, str) and value != "all-linear" else value
 
 
 class LoraMethodConfig(MethodConfig):
@@ -19,7 +24,9 @@ class LoraMethodConfig(MethodConfig):
     rank: int = Field(8, gt=0, le=4096)
     alpha: float | None = Field(None, gt=0, description="Scale numerator; default 2 x rank.")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Modules that get adapters.")
+    targets: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_as_names)] = Field(
+        "all-linear", description="Modules that get adapters."
+    )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
 
 

@@ -149,7 +149,8 @@ class Scorer:
 
     def _memory_advice(self) -> list[str]:
         fewer = [f"--batch-size {self.batch_size // 2}"] if self.batch_size > 1 else []
-        return [*fewer, f"--max-length {self.encoder.max_length // 2}", "--load-in 4bit"]
+        in_4_bits = getattr(self.model, "is_loaded_in_4bit", False)
+        return [*fewer, f"--max-length {self.encoder.max_length // 2}", *([] if in_4_bits else ["--load-in 4bit"])]
 
     @torch.inference_mode()
     def _batch_sums(self, batch: Sequence[Encoded]) -> list[float]:
