@@ -1,9 +1,10 @@
 """Estimated against measured peak memory, and calibrated against real seconds. Writes RESULT.md.
 
-Usage: python benchmarks/memory/run.py [DATA]
+Usage: python benchmarks/memory/run.py [DATA], or python benchmarks/memory/run.py --gpu
 
 Memory on a random Llama of 125M parameters, on the CPU; every job in a process of its own. Time on base6m and
-instruct/mini.jsonl of DATA (default: ../shared/data beside the repository). GPU rows: `pytest -m gpu tests/planning`.
+instruct/mini.jsonl of DATA (default: ../shared/data beside the repository). With --gpu: memory alone, of a random
+Llama of 1B parameters on the first CUDA device, into GPU.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from measure import write_model
 
 import honeloom
@@ -42,12 +44,23 @@ JOBS = (
 )
 LIVE = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 """Makes glibc give back every freed megabyte at once, so that resident memory is live tensors."""
+GPU_JOBS = (
+    Work("inference", 8, 512),
+    Work("inference", 8, 512, load_in="4bit"),
+    Work("zeroth-order", 4, 512),
+    Work("lora", 4, 512),
+    Work("lora", 4, 512, load_in="4bit"),
+    Work("lora", 4, 512, load_in="8bit"),
+    Work("lora", 2, 2048, checkpointing=True),
+    Work("full", 2, 512),
+    Work("full", 2, 512, checkpointing=True, accumulate=2),
+)
 GB = 1e9
 
 
-def measured(model: Path, work: Work, variables: dict[str, str]) -> int:
+def measured(model: Path, work: Work, variables: dict[str, str], device: str = "cpu") -> int:
     """Peak bytes of a job in a fresh process."""
-    command = [sys.executable, str(HERE / "measure.py"), str(model), json.dumps(asdict(work))]
+    command = [sys.executable, str(HERE / "measure.py"), str(model), json.dumps(asdict(work)), device]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", **variables}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
@@ -77,6 +90,18 @@ def memory_table(folder: Path) -> tuple[list[str], float]:
     return lines, worst
 
 
+def gpu_table(folder: Path) -> list[str]:
+    """Lines of the table for a GPU: estimate, peak of allocated memory, ratio."""
+    model = write_model(folder / "llama", "1B")
+    decoder = read_decoder(read_config(model))
+    lines = []
+    for work in GPU_JOBS:
+        estimate, peak = peak_memory(decoder, work).total, measured(model, work, {}, "cuda")
+        lines.append(f"| {describe(work)} | {estimate / GB:.2f} | {peak / GB:.2f} | {estimate / peak:.2f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def time_lines(data: Path, folder: Path) -> list[str]:
     """Calibrated against real seconds of training, one after the other."""
     lines = []
@@ -102,13 +127,30 @@ def main() -> None:
     """Measure and write RESULT.md."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", nargs="?", type=Path, default=HERE.parents[2] / "shared" / "data")
+    parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
+    if arguments.gpu:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = "\n".join(gpu_table(Path(folder)))
+        (HERE / "GPU.md").write_text(GPU_TEXT.format(name=torch.cuda.get_device_name(), lines=lines))
+        return
     with tempfile.TemporaryDirectory() as folder:
         memory, worst = memory_table(Path(folder))
         seconds = time_lines(arguments.data, Path(folder))
     text = TEXT.format(memory="\n".join(memory), worst=f"{worst:.0%}", seconds="\n".join(seconds))
     (HERE / "RESULT.md").write_text(text)
 
+
+GPU_TEXT = """# Estimated and measured memory on a GPU
+
+Command: `python benchmarks/memory/run.py --gpu`. A random Llama of 1B parameters (hidden 2048, 16 layers, vocabulary
+32,000) on one {name}; peak of allocated memory in GB, batch x tokens. The estimate leaves out the context that a
+process holds on a GPU (600 MiB assumed) and what the allocator keeps beside live tensors.
+
+| job | estimate | measured | ratio |
+|---|---|---|---|
+{lines}
+"""
 
 TEXT = """# Estimated and measured memory, calibrated and real seconds
 
@@ -130,12 +172,10 @@ moves by a few tens of percent between runs.
 |---|---|---|---|
 {seconds}
 
-## Not measured
+## On a GPU
 
-No GPU was available. Unmeasured are: every figure for a GPU (its context of 600 MiB is assumed, its allocator's slack
-is not counted), 4 and 8 bits on a GPU, flash attention, and sharding over GPUs (its arithmetic is tested with two
-processes on a CPU). `pytest -m gpu tests/planning` compares estimate and peak of bf16 and 4-bit tuning of a random
-Llama of 1B parameters where there is a GPU.
+See `GPU.md`. Unmeasured are sharding over several GPUs (its arithmetic is tested with two processes on a CPU), flash
+attention, and models above 1B parameters.
 """
 
 

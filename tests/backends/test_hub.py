@@ -147,6 +147,99 @@ def test_a_commit_in_the_cache_needs_no_hub(hub, fetch, tiny_model):
     assert same(fetch("org/tiny@main", HF_HUB_OFFLINE="1"), tiny_model)
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_plan_leaves_no_snapshot_that_is_taken_for_the_model(hub, call, fetch, rows, pinned):
+    name = f"org/tiny@{hub.repositories['org/tiny'].head}" if pinned else "org/tiny"
+    command = ["-m", "honeloom", "evaluate", name, "--rows", rows]
+    for offline in ({}, {}, {"HF_HUB_OFFLINE": "1"}):
+        plan = call(*command, "--dry-run", "--json", **offline)
+        (stage,) = json.loads(plan.stdout)["stages"]
+        assert (stage["downloads"], stage["needs"]["unknown"]) == ([name], None)
+        assert stage["needs"]["memory"]["total"] > 0
+    offline = call(*command, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2
+    assert "its weights are not in the local cache and HF_HUB_OFFLINE is set; download it once" in offline.stderr
+    # huggingface_hub returns what it has where it gets no list of the files.
+    hub.faults.append(Fault("GET /api/models/org/tiny/tree", 502, 1))
+    fetched = fetch(name)
+    assert (fetched / WEIGHTS).is_file(), fetched
+    done = call(*command, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lost", ["model-00002-of-00002.safetensors", WEIGHTS, "config.json"])
+def test_a_snapshot_without_a_file_that_belongs_to_it_is_completed(hub, fetch, lost):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    if lost == WEIGHTS:
+        files = {"adapter_config.json": b"{}", WEIGHTS: b"a"}
+    else:
+        index = json.dumps({"weight_map": {str(i): n for i, n in enumerate(shards)}}).encode()
+        files = {"config.json": b"{}", "model.safetensors.index.json": index, **dict.fromkeys(shards, b"a")}
+    name = f"org/parts@{hub.add('org/parts', files).head}"
+    folder = fetch(name)
+    (folder / lost).unlink()
+    for tree in folder.parents[1].glob("trees/*"):
+        tree.unlink()  # as older versions of huggingface_hub leave it
+    assert "not in the local cache and HF_HUB_OFFLINE is set" in fetch(name, HF_HUB_OFFLINE="1")
+    assert (fetch(name) / lost).is_file()
+    assert fetch(name, HF_HUB_OFFLINE="1") == folder
+
+
+def test_rows_are_in_the_cache_only_where_there_are_some(hub, call):
+    head = hub.add("org/rows", {"rows.jsonl": b'{"text": "a"}\n', "dataset_infos.json": b"{}"}).head
+    part = "import sys, huggingface_hub as h; h.hf_hub_download('org/rows', 'dataset_infos.json', repo_type='dataset')"
+    assert call("-c", part).returncode == 0
+    command = ["-m", "honeloom", "select", f"org/rows@{head}", "--keep", "1", "--output-dir", "out"]
+    assert "its row files are not in the local cache" in call(*command, HF_HUB_OFFLINE="1").stderr
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "expected"),
+    [
+        ("org/gated", {}, "gated, and no token says who asks (401); accept its terms at"),
+        ("org/absent", {"token": READER}, "no such local folder, and no such repository at"),
+        ("org/tiny@gone", {}, "no revision 'gone' on the hub"),
+        ("org/tiny", {"HF_HUB_OFFLINE": "1"}, "config.json is not in the local cache and HF_HUB_OFFLINE is set"),
+        ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub at http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_a_plan_says_why_it_knows_nothing_of_a_model(hub, call, rows, name, variables, expected):
+    hub.add("org/gated", {"config.json": b"{}", WEIGHTS: b"x"}, gated=True)
+    done = call("-m", "honeloom", "tune", name, rows, "--dry-run", **variables)
+    assert done.returncode == 0, done.stderr
+    assert "memory cannot be told: " in done.stdout
+    assert expected in done.stdout
+
+
+def test_a_password_in_the_address_of_the_hub_is_not_printed(call, rows):
+    address = {"HF_ENDPOINT": "http://someone:pass-word-77@127.0.0.1:9"}
+    for arguments in (
+        ["evaluate", "org/tiny", "--rows", rows],
+        ["evaluate", "org/tiny", "--rows", rows, "--dry-run"],
+        ["tune", "org/tiny", rows, "--output-dir", "out", "--push-to-hub", "me/x"],
+        ["doctor", "--no-devices"],
+        ["doctor", "--no-devices", "--json"],
+    ):
+        done = call("-m", "honeloom", *arguments, token=WRITER, **address)
+        assert "127.0.0.1:9" in done.stdout + done.stderr, arguments
+        assert "pass-word-77" not in done.stdout + done.stderr, arguments
+        assert "someone" not in done.stdout + done.stderr, arguments
+    raised = call("-c", FETCH, "org/tiny", **address)
+    assert "http://127.0.0.1:9 cannot be reached" in raised.stderr
+    assert "pass-word-77" not in raised.stderr
+
+
+@pytest.mark.parametrize("repository", ["bad repo", "me", "me/x@v1", "a/b/c"])
+def test_a_plan_refuses_a_repository_that_is_none(hub, call, rows, repository):
+    hub.log.clear()
+    done = call("-m", "honeloom", "tune", "lab:base", rows, "--dry-run", "--push-to-hub", repository)
+    assert done.returncode == 2
+    assert f"--push-to-hub '{repository}': give a repository as org/name" in done.stderr
+    assert hub.log == []
+
+
 def test_a_busy_hub_does_no_harm_to_what_is_in_the_cache(hub, fetch, tiny_model):
     fetch()
     hub.faults.append(Fault("GET /api/", 503, 99))

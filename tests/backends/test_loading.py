@@ -199,3 +199,14 @@ def test_four_bits_on_a_cpu_give_what_their_codes_say(tmp_path):
         matrix = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.allclose(first, x @ matrix.T, atol=1e-5)
         assert torch.equal(first, layer(x))
+
+
+def test_experts_that_would_stay_unquantised_are_refused(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = CONFIG_MAPPING["mixtral"](
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="load_in 4bit would leave its experts unquantised"):
+        load_model(tmp_path, loading=Loading("cpu", load_in="4bit"))

@@ -126,13 +126,15 @@ def test_cut_off_checkpoint_is_named_and_skipped(tmp_path, encoded):
     tuning.train(lora(), encoded, config(), tmp_path, quiet())
     newest = max(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / tuning.COMPLETE).unlink()
-    signature = {"device": "cpu", "dtype": "torch.float32", "autocast": "None"}
+    signature = {
+        "device": "cpu", "dtype": "torch.float32", "autocast": "None", "processes": "1", "sharded": "False",
+    }  # fmt: skip
     chosen = tuning.newest_checkpoint(tmp_path, log, signature)
     assert chosen is not None
     assert chosen != newest
     assert any(newest.name in line and "skipped" in line for line in said)
     assert tuning.newest_checkpoint(tmp_path, log, signature | {"device": "cuda"}) is None
-    assert any("another device or number type" in line for line in said)
+    assert any("another device, number type or number of processes" in line for line in said)
 
 
 def test_nan_stops_and_leaves_a_diagnosis(tmp_path, encoded):

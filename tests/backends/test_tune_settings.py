@@ -212,3 +212,27 @@ def test_a_missing_tracker_is_named(tmp_path, tiny_model, rows, monkeypatch):
     monkeypatch.setattr(tuning, "TensorBoardCallback", absent)
     with pytest.raises(ConfigError, match="report_to: TensorBoardCallback requires tensorboard"):
         honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, report_to=["tensorboard"])
+
+
+def test_sixteen_bit_floats_are_not_trained_on_a_cpu(tmp_path, tiny_model, rows):
+    with pytest.raises(ConfigError, match="--dtype fp16: a CPU does not train in fp16; use bf16"):
+        honeloom.tune(tiny_model, rows, output_dir=tmp_path / "out", max_steps=1, dtype="fp16", device="cpu")
+
+
+def test_fp16_may_skip_steps_and_not_go_on_for_ever(tmp_path, encoded):
+    """A gradient that overflows is how fp16 finds its scale; a loss that is none is a fault at once."""
+    log, seen = Log(QuietConsole()), []
+    arguments = type("Arguments", (), {"fp16": True})
+    state = type("State", (), {"global_step": 1, "is_world_process_zero": False})
+    control = type("Control", (), {"should_training_stop": False, "should_save": True})
+    watcher = tuning._Watcher(tmp_path, log, None, seen.append, {})
+    for _ in range(tuning.OVERFLOWS):
+        watcher.on_log(arguments, state, control, {"loss": 1.0, "grad_norm": float("inf")})
+    assert not watcher.fault
+    watcher.on_log(arguments, state, control, {"loss": 1.0, "grad_norm": 0.5})
+    for _ in range(tuning.OVERFLOWS + 1):
+        watcher.on_log(arguments, state, control, {"loss": 1.0, "grad_norm": float("nan")})
+    assert "grad_norm" in watcher.fault
+    again = tuning._Watcher(tmp_path, log, None, seen.append, {})
+    again.on_log(arguments, state, control, {"loss": float("nan"), "grad_norm": 1.0})
+    assert "loss" in again.fault

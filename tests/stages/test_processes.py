@@ -1,5 +1,6 @@
 """One job in several processes, on the CPU over gloo."""
 
+import json
 import os
 import socket
 import subprocess
@@ -35,8 +36,33 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str(tmp_path / "two")
-    assert done.stdout.count(str(tmp_path / "two")) == 1  # only the leading process speaks
+    assert done.stdout.splitlines().count(str(tmp_path / "two")) == 1  # only the leading process speaks
     assert compare(tmp_path, "lora") > 1e-3
+
+
+@pytest.mark.slow
+def test_a_last_step_that_is_not_full_trains_no_row_twice(tmp_path):
+    """17 rows in batches of 2 x 4: the second process has nothing in the last step, and must add nothing."""
+    settings = ["--epochs", "1", "--limit", "17", "--optimizer", "sgd", "--lr", "0.1", "--batch-size", "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "honeloom"]
+    command = [*launch, "tune", "lab:base", "lab:dev", *settings, "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = honeloom.tune(
+        "lab:base", "lab:dev", epochs=1, limit=17, optimizer="sgd", lr=0.1, batch_size=8, output_dir=tmp_path / "one"
+    )
+    pair = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")]
+    assert max(float((pair[0][k] - pair[1][k]).abs().max()) for k in pair[0]) < 1e-5
+    two = json.loads((tmp_path / "two/report.json").read_text())["details"]
+    assert (two["processes"], two["rows_per_step"], two["steps"]) == (2, 8, one.details["steps"])
+
+
+def test_the_number_of_processes_is_part_of_the_key(monkeypatch, tiny_model, rows):
+    keys = []
+    for count in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        keys.append(honeloom.plan("tune", model=tiny_model, rows=rows)[0].key)
+    assert keys[0] != keys[1]
 
 
 def compare(folder: Path, method: str) -> float:

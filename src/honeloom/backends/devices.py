@@ -60,13 +60,13 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def memory_guard(device: torch.device, doing: str, advice: Sequence[str]) -> Iterator[None]:
+def memory_guard(device: torch.device | str, doing: str, advice: Sequence[str]) -> Iterator[None]:
     """Turn running out of memory into an error that says what was needed, what was free, and which flags help.
 
     Parameters
     ----------
-    device : torch.device
-        Where the work is done.
+    device : torch.device or str
+        Where the work is done, also as on the command line.
     doing : str
         The work, for the message ("training").
     advice : sequence of str
@@ -78,6 +78,7 @@ def memory_guard(device: torch.device, doing: str, advice: Sequence[str]) -> Ite
         wanted = _WANTED.search(str(error))
         if type(error) is RuntimeError and not (wanted and "memory" in str(error)):
             raise
+        device = choose_device(device) if isinstance(device, str) else device
         amount = f"{wanted[1]} {wanted[2]}" if wanted else "more"
         free = free_memory(device)
         raise OutOfMemoryError(

@@ -7,12 +7,13 @@ attempts where it gives up, and messages that say what to do.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -29,7 +31,7 @@ from huggingface_hub.errors import (
 from honeloom.errors import ConfigError, HubError, NotCachedError, SourceError
 from honeloom.runs.redact import redact
 
-__all__ = ["check_push", "describe_hub", "fetch_config", "fetch_dataset", "fetch_model", "push"]
+__all__ = ["check_push", "check_repository", "describe_hub", "fetch_config", "fetch_dataset", "fetch_model", "push"]
 
 MODEL_PATTERNS = [
     "*.safetensors",
@@ -48,6 +50,7 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds before each further attempt."""
 ANSWER_SECONDS = 10.0
 """How long the hub may take to answer the first question."""
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -89,29 +92,39 @@ def fetch_model(name: str, *, fetch: bool = True) -> tuple[Path, str]:
     HubError
         The hub kept failing while it answered.
     """
-    path = _snapshot(name, "model", MODEL_PATTERNS, fetch, "config.json is")
+    path = _snapshot(name, "model", MODEL_PATTERNS, fetch)
     if not any(path.glob("*.safetensors")):
         raise SourceError(f"{name}: the repository has no safetensors file; pickled weights are not read")
     return path, path.name
 
 
-def fetch_config(name: str) -> Path | None:
-    """Return a folder with config.json of `org/name[@revision]`, cached or fetched; None if it cannot be had."""
+def fetch_config(name: str) -> Path:
+    """Return a folder with config.json of `org/name[@revision]`, cached or fetched; nothing else need be in it.
+
+    Raises
+    ------
+    SourceError, HubError
+        As `fetch_model`, and where there is no config.json.
+    """
     repository, _, revision = name.partition("@")
+    arguments: dict[str, Any] = {"revision": revision or None, "etag_timeout": ANSWER_SECONDS}
     try:
-        file = hf_hub_download(repository, "config.json", revision=revision or None, etag_timeout=ANSWER_SECONDS)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _http.TransportError, OSError):
-        return None  # a plan goes on without it; the run will say what is wrong
-    return Path(file).parent
+        return Path(_repeated(lambda: hf_hub_download(repository, "config.json", **arguments))).parent
+    except RemoteEntryNotFoundError:
+        raise SourceError(f"model {name}: the repository has no config.json; download it to see what it is") from None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _http.TransportError, OSError) as error:
+        if constants.HF_HUB_OFFLINE or isinstance(error, _UNREACHABLE) or isinstance(error.__cause__, _UNREACHABLE):
+            raise SourceError(_absent(name, "model", "config.json is")) from None
+        raise _fitting(error, "model", name) from None
 
 
 def fetch_dataset(name: str, *, fetch: bool = True) -> tuple[Path, str]:
     """Return the local snapshot and commit of a dataset repository; raises as `fetch_model`."""
-    path = _snapshot(name, "dataset", ROW_PATTERNS, fetch, "its row files are")
+    path = _snapshot(name, "dataset", ROW_PATTERNS, fetch)
     return path, path.name
 
 
-def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: str) -> Path:
+def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool) -> Path:
     repository, _, revision = name.partition("@")
     arguments: dict[str, Any] = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
     try:
@@ -121,27 +134,44 @@ def _snapshot(name: str, kind: str, patterns: list[str], fetch: bool, sought: st
                 return found
         if fetch and not constants.HF_HUB_OFFLINE:
             return _repeated(lambda: _download(repository, revision, arguments))
-    except HFValidationError as error:
-        raise SourceError(f"{kind} {name!r}: neither a folder nor a hub id (org/name[@revision]): {error}") from None
     except _UNREACHABLE:
         if (found := _cached(repository, arguments)) is not None:
             return found
-    except (HfHubHTTPError, _http.TransportError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, _http.TransportError, LocalEntryNotFoundError, OSError) as error:
         if _passes(error) and (found := _cached(repository, arguments)) is not None:
             return found
-        raise _explain(error, kind, name) from None
-    except OSError as error:
-        raise SourceError(
-            f"{kind} {name}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror or error}; "
-            "HF_HOME chooses another folder"
-        ) from None
+        raise _fitting(error, kind, name) from None
     if not fetch:
         raise NotCachedError(f"{kind} {name} is not in the cache")
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub at {constants.ENDPOINT} cannot be reached"
-    raise SourceError(
+    sought = "its row files are" if kind == "dataset" else "its weights are"
+    if kind == "model" and _find_snapshot(repository, arguments) is None:
+        sought = "config.json is"
+    raise SourceError(_absent(name, kind, sought))
+
+
+def _absent(name: str, kind: str, sought: str) -> str:
+    """That something is neither here nor to be had now, and what to do."""
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub at {_endpoint()} cannot be reached"
+    return (
         f"{kind} {name}: there is no such folder, {sought} not in the local cache and {why}; "
         "download it once online, or give a folder"
     )
+
+
+def _endpoint() -> str:
+    """The hub's address, without a password that stands in it."""
+    return redact(constants.ENDPOINT)
+
+
+def _find_snapshot(repository: str, arguments: dict[str, Any]) -> Path | None:
+    """The snapshot in the cache, with whatever files it has, or None."""
+    try:
+        path = Path(snapshot_download(repository, local_files_only=True, **arguments))
+    except LocalEntryNotFoundError as error:
+        # huggingface_hub names the folder of a snapshot that it knows to be incomplete.
+        found = getattr(error, "snapshot_path", None)
+        return Path(found) if found else None
+    return path if any(path.rglob("*")) else None
 
 
 def _cached(repository: str, arguments: dict[str, Any]) -> Path | None:
@@ -150,13 +180,42 @@ def _cached(repository: str, arguments: dict[str, Any]) -> Path | None:
         path = Path(snapshot_download(repository, local_files_only=True, **arguments))
     except LocalEntryNotFoundError:
         return None
-    return path if any(path.rglob("*")) else None
+    return path if _is_complete(path, arguments["repo_type"]) else None
+
+
+def _is_complete(path: Path, kind: str) -> bool:
+    """Whether a snapshot holds what it is wanted for; a plan fetches config.json alone."""
+    if kind == "dataset":
+        rows = (p for pattern in ROW_PATTERNS for p in path.rglob(pattern))
+        return any(not p.name.startswith("dataset_info") for p in rows)
+    described = any((path / n).exists() for n in ("config.json", "adapter_config.json"))
+    weights = sorted(p.name for p in path.glob("*.safetensors"))
+    return described and bool(weights) and all((path / n).exists() for n in _shards(path, weights))
+
+
+def _shards(path: Path, weights: Sequence[str]) -> Iterator[str]:
+    """Every shard that an index lists, or that the name of another one counts."""
+    for name in weights:
+        if found := _SHARD.fullmatch(name):
+            yield from (f"{found[1]}-{i:05d}-of-{found[2]}.safetensors" for i in range(1, int(found[2]) + 1))
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            listed = json.loads(index.read_bytes())["weight_map"].values()
+            yield from {str(n) for n in listed}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # reading the weights will say what is wrong with it
 
 
 def _download(repository: str, revision: str, arguments: dict[str, Any]) -> Path:
     """Ask with a time limit, which `snapshot_download` knows only for files, then download."""
-    HfApi().repo_info(repository, repo_type=arguments["repo_type"], revision=revision or None, timeout=ANSWER_SECONDS)
-    return Path(snapshot_download(repository, etag_timeout=ANSWER_SECONDS, **arguments))
+    api, kind = HfApi(), arguments["repo_type"]
+    api.repo_info(repository, repo_type=kind, revision=revision or None, timeout=ANSWER_SECONDS)
+    path = Path(snapshot_download(repository, etag_timeout=ANSWER_SECONDS, **arguments))
+    if not _is_complete(path, kind):
+        # It also returns what is in the cache where it gets no list of the files: ask for one, and again.
+        api.list_repo_files(repository, repo_type=kind, revision=revision or None)
+        path = Path(snapshot_download(repository, etag_timeout=ANSWER_SECONDS, **arguments))
+    return path
 
 
 def _repeated(call: Callable[[], T]) -> T:
@@ -189,6 +248,18 @@ def _asked_to_wait(error: BaseException) -> float:
     return min(60.0, float(value)) if value.isdigit() else 0.0
 
 
+def _fitting(error: Exception, kind: str, name: str) -> Exception:
+    """The error of ours for one of the hub's client."""
+    if isinstance(error, HFValidationError):
+        return SourceError(f"{kind} {name!r}: neither a folder nor a hub id (org/name[@revision]): {error}")
+    if isinstance(error, HfHubHTTPError | _http.TransportError | LocalEntryNotFoundError):
+        return _explain(error, kind, name)
+    return SourceError(
+        f"{kind} {name}: cannot be stored in {constants.HF_HUB_CACHE}: {getattr(error, 'strerror', None) or error}; "
+        "HF_HOME chooses another folder"
+    )
+
+
 def _explain(error: Exception, kind: str, name: str) -> Exception:
     """What the person can do; the library's own text may hold a signed address, so none of it is passed on."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -198,7 +269,7 @@ def _explain(error: Exception, kind: str, name: str) -> Exception:
         return SourceError(f"{kind} {repository}: no revision {revision!r} on the hub; see {_page(repository, kind)}")
     if not isinstance(error, HfHubHTTPError):
         return HubError(
-            f"{kind} {name}: the connection to {constants.ENDPOINT} broke off ({type(error).__name__}), "
+            f"{kind} {name}: the connection to {_endpoint()} broke off ({type(error).__name__}), "
             f"{len(WAITS) + 1} times in a row; run the same command again: complete files are kept"
         )
     if reason := _refusal(error, _page(repository, kind)):
@@ -209,14 +280,14 @@ def _explain(error: Exception, kind: str, name: str) -> Exception:
             "(a private one needs an HF_TOKEN that may read it)"
         )
     return HubError(
-        f"{kind} {name}: {constants.ENDPOINT} answered {error.response.status_code}, {len(WAITS) + 1} times in a row; "
+        f"{kind} {name}: {_endpoint()} answered {error.response.status_code}, {len(WAITS) + 1} times in a row; "
         "run the same command again later: complete files are kept"
     )
 
 
 def _refusal(error: HfHubHTTPError, page: str) -> str | None:
     """Why the hub does not let this person in, and the page to open; None where it is something else."""
-    status, tokens = error.response.status_code, f"{constants.ENDPOINT}/settings/tokens"
+    status, tokens = error.response.status_code, f"{_endpoint()}/settings/tokens"
     if status == 401 and get_token():
         return f"the hub does not know the token of HF_TOKEN or `hf auth login` (401); make a new one at {tokens}"
     if status == 401 and isinstance(error, GatedRepoError):
@@ -234,7 +305,13 @@ def _refusal(error: HfHubHTTPError, page: str) -> str | None:
 
 
 def _page(repository: str, kind: str = "model") -> str:
-    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    return f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+
+
+def check_repository(repository: str) -> None:
+    """Raise ConfigError unless a result's repository has the form `org/name`; asks nobody."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"--push-to-hub {repository!r}: give a repository as org/name, without a revision")
 
 
 def check_push(repository: str) -> None:
@@ -252,10 +329,9 @@ def check_push(repository: str) -> None:
     SourceError
         The hub cannot be reached.
     """
-    what, tokens = f"--push-to-hub {repository}", f"{constants.ENDPOINT}/settings/tokens"
+    what, tokens = f"--push-to-hub {repository}", f"{_endpoint()}/settings/tokens"
     later = "leave the flag out, and push the finished result later by the same command with --resume and it"
-    if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"--push-to-hub {repository!r}: give a repository as org/name, without a revision")
+    check_repository(repository)
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{what}: HF_HUB_OFFLINE is set; {later}")
     if not get_token():
@@ -264,7 +340,7 @@ def check_push(repository: str) -> None:
         _repeated(lambda: _exists(repository))
         account = _repeated(HfApi().whoami)
     except _http.TransportError:
-        raise SourceError(f"{what}: the hub at {constants.ENDPOINT} cannot be reached; {later}") from None
+        raise SourceError(f"{what}: the hub at {_endpoint()} cannot be reached; {later}") from None
     except HfHubHTTPError as error:
         reason = _refusal(error, _page(repository)) or f"the hub answered {error.response.status_code}; {later}"
         raise ConfigError(f"{what}: {reason}") from None
@@ -315,7 +391,7 @@ def push(repository: str, files: Sequence[tuple[str, Path | bytes]], message: st
     def upload() -> str:
         api.create_repo(repository, private=True, exist_ok=True)
         added = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files]
-        return str(api.create_commit(repository, added, commit_message=message).commit_url)
+        return redact(str(api.create_commit(repository, added, commit_message=message).commit_url))
 
     try:
         return _repeated(upload)
@@ -337,7 +413,7 @@ def describe_hub() -> dict[str, Any]:
     cache = Path(constants.HF_HUB_CACHE)
     token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "stored" if get_token() else None
     return {
-        "endpoint": constants.ENDPOINT,
+        "endpoint": _endpoint(),
         "offline": constants.HF_HUB_OFFLINE,
         "token": token,
         "home": constants.HF_HOME,

@@ -90,8 +90,11 @@ def run_verb(
     if calibrate and not dry_run:
         raise ConfigError("--calibrate belongs to the plan: add --dry-run, or leave it out")
     if dry_run:
-        plans = honeloom.plan(verb, output_dir=out, calibrate=calibrate, console=console, **options)
-        print_plans(plans, console, as_json)
+        if push_to_hub is not None:
+            load_target("honeloom.stages.publish:check_repository")(push_to_hub)
+        if rank() == 0:  # the others would only say the same
+            plans = honeloom.plan(verb, output_dir=out, calibrate=calibrate, console=console, **options)
+            print_plans(plans, console, as_json)
         return
     report = call(output_dir=out, overwrite=overwrite, resume=resume, console=console, **options)
     if rank() > 0:

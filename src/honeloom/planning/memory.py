@@ -13,8 +13,9 @@ from math import prod
 from typing import Any, Literal
 
 from honeloom.checkpoint.architectures import architecture_of, layer_count, tensor_shapes
+from honeloom.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "Decoder", "Memory", "Work", "peak_memory", "read_decoder"]
+__all__ = ["DTYPE_BYTES", "Decoder", "Memory", "Work", "peak_memory", "read_decoder", "weight_bytes"]
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
@@ -142,6 +143,55 @@ class Memory:
 
 def read_decoder(config: Mapping[str, Any]) -> Decoder:
     """Sizes from the content of config.json; CheckpointError where the family or a size is not known."""
+    config = _checked(config)
+    try:
+        return _read(config)
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error.args[0]!r}") from None
+
+
+_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "n_head"), 1 << 12),
+    **dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok", "decoder_sparse_step"), 1 << 12),
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim", "moe_intermediate_size"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "n_inner"), 1 << 22),
+    **dict.fromkeys(("vocab_size", "n_positions", "max_position_embeddings"), 1 << 28),
+}
+"""Sizes that are whole numbers above 0 -> the largest that is believed."""
+_MOST_EXPERTS = 1 << 17
+"""In all layers together."""
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without sizes that are null; CheckpointError where a part or a size is none."""
+    inner = config.get("text_config")
+    if not isinstance(config.get("model_type") or "", str) or not isinstance(inner or {}, Mapping):
+        raise CheckpointError("config.json: model_type must be text, and text_config an object")
+    kept = {k: v for k, v in config.items() if v is not None or k not in _LIMITS}
+    for key, value in kept.items():
+        most = _LIMITS.get(key)
+        if most and (type(value) is not int or not 0 < value <= most):
+            raise CheckpointError(f"config.json: {key} is {value!r:.40}, not a whole number from 1 to {most:,}")
+    layers, heads = (kept.get(a) or kept.get(b) or 1 for a, b in _OTHER_NAMES[:2])
+    size, experts = (kept.get(a) or kept.get(b) or 1 for a, b in _OTHER_NAMES[2:])
+    if layers * experts > _MOST_EXPERTS:
+        raise CheckpointError(f"config.json: {layers:,} layers of {experts:,} experts are not believed")
+    if "head_dim" not in kept and size < heads and size > 1:
+        raise CheckpointError(f"config.json: {heads:,} heads do not fit in a stream of {size:,}")
+    if not isinstance(kept.get("mlp_only_layers") or [], list):
+        raise CheckpointError("config.json: mlp_only_layers is no list")
+    return {**kept, "text_config": _checked(inner)} if inner else kept
+
+
+_OTHER_NAMES = (
+    ("num_hidden_layers", "n_layer"),
+    ("num_attention_heads", "n_head"),
+    ("hidden_size", "n_embd"),
+    ("num_local_experts", "num_experts"),
+)
+
+
+def _read(config: Mapping[str, Any]) -> Decoder:
     shapes = tensor_shapes(config)
     prefix = f"{architecture_of(config).disk_layers[0]}."
     inner = {n: s for n, s in shapes.items() if n.startswith(prefix)}
@@ -208,7 +258,7 @@ def peak_memory(decoder: Decoder, work: Work) -> Memory:
     full, compute = work.mode == "full", DTYPE_BYTES[work.dtype]
     trained = decoder.parameters if full else work.rank * decoder.adapter_widths
     share = work.processes
-    weights = decoder.parameters * _FP32 if full else _weights(decoder, work)
+    weights = decoder.parameters * _FP32 if full else weight_bytes(decoder, work)
     if full and compute < _FP32:
         weights += decoder.matrices * compute  # autocast keeps a copy of every matrix
     gradients, optimizer = trained * _FP32, trained * _FP32 * work.states
@@ -250,7 +300,7 @@ def _inference(decoder: Decoder, work: Work) -> Memory:
     layer = tokens * (stream + branch) + scores
     noise = 2 * decoder.largest * compute if zeroth else 0
     return Memory(
-        weights=_weights(decoder, work),
+        weights=weight_bytes(decoder, work),
         adapters=0,
         gradients=0,
         optimizer=0,
@@ -267,7 +317,7 @@ def _scores(decoder: Decoder, work: Work, compute: int) -> int:
     return (size + 2 * _FP32 * decoder.capped) * work.batch_size * decoder.heads * work.tokens**2
 
 
-def _weights(decoder: Decoder, work: Work) -> int:
+def weight_bytes(decoder: Decoder, work: Work) -> int:
     """Bytes of frozen weights: matrices quantised if asked for, the rest as loaded."""
     compute = DTYPE_BYTES[work.dtype]
     if work.load_in is None:
@@ -299,4 +349,4 @@ def _saved(decoder: Decoder, work: Work, compute: int) -> tuple[int, int]:
     if not work.checkpointing:
         return layer * decoder.layers, transient
     stream = tokens * decoder.hidden * (_FP32 if full else compute)
-    return stream * decoder.layers + layer, transient
+    return stream * decoder.layers, layer + transient  # one layer is computed again at a time, after the loss

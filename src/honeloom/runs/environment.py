@@ -62,7 +62,10 @@ def describe_installation() -> dict[str, Any]:
 def _extras() -> dict[str, Any]:
     """What each extra adds, which distributions it asks for, and which of them are absent."""
     found: dict[str, Any] = {}
-    for requirement in metadata.requires("honeloom") or []:
+    declared = (
+        metadata.requires("honeloom") if installed_version("honeloom") else None
+    )  # a checkout that is not installed
+    for requirement in declared or []:
         name, _, marker = requirement.partition(";")
         if "extra ==" not in marker:
             continue

@@ -39,8 +39,10 @@ def calibrate(
     ConfigError
         The weights would be quantised, which random ones are not.
     """
-    if config.load_in or load_config(inputs["model"].paths[0]).to_dict().get("quantization_config"):
+    if config.load_in:
         raise ConfigError("--calibrate times unquantised weights; leave --load-in out, 4 bits take somewhat longer")
+    if load_config(inputs["model"].paths[0]).to_dict().get("quantization_config"):
+        raise ConfigError(f"--calibrate times unquantised weights, and {inputs['model'].value} is quantised")
     work: Work[Any] = Work(config, None, inputs, Log(console or QuietConsole()))
     folder = work.model()
     tokenizer = load_tokenizer(folder)

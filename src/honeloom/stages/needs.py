@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,9 +13,11 @@ from typing import Any
 
 from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
-from honeloom.errors import CheckpointError, ConfigError
+from honeloom.config.load import parse_scalar
+from honeloom.errors import CheckpointError, ConfigError, HoneloomError
 from honeloom.planning import FSDP_PROFILE
-from honeloom.planning.memory import CUDA_CONTEXT, DTYPE_BYTES, Decoder, Work, peak_memory, read_decoder
+from honeloom.planning.disk import SMALL_FILES, tuning_bytes
+from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.stages.runner import Job
@@ -52,9 +56,10 @@ def plan_job(job: Job, name: str, state: str, *, calibrate: bool = False, consol
     if calibrate:
         if job.verb.name != "tune":
             raise ConfigError(f"--calibrate times the steps of tune, and this is {job.verb.name}; leave it out")
-        if needs is None or needs.unknown or not all(i.paths for i in job.inputs.values()):
-            missing = ", ".join(i.value for i in job.inputs.values() if not i.paths)
+        if missing := ", ".join(i.value for i in job.inputs.values() if not i.paths):
             raise ConfigError(f"--calibrate needs a known model and its rows here; not downloaded yet: {missing}")
+        if needs is None or needs.unknown:
+            raise ConfigError(f"--calibrate needs a known model: {needs.unknown if needs else 'there is none'}")
         tokens, steps, seconds = load_target("honeloom.stages.calibrate:calibrate")(job.config, job.inputs, console)
         needs = replace(needs, tokens=tokens, steps=steps, seconds=seconds)
     return replace(plan, needs=needs)
@@ -76,11 +81,13 @@ def describe_needs(job: Job) -> Needs | None:
         if settings is None:
             return None
         decoder = read_decoder(settings)
-    except CheckpointError as error:
+        stored = stored_bits(settings)
+        _require_usable(job, stored)
+    except HoneloomError as error:
         return Needs(unknown=str(error))
-    gpu = _on_gpu(config)
+    gpu, tune = _on_gpu(config), job.verb.name == "tune"
     work = work_of(config, settings, gpu=gpu)
-    others = _tuning_settings(config, work) if job.verb.name == "tune" else _inference_settings(work)
+    others = _tuning_settings(work, stored) if tune else _inference_settings(work, stored)
     memory = peak_memory(decoder, work)
     return Needs(
         parameters=decoder.parameters,
@@ -93,7 +100,7 @@ def describe_needs(job: Job) -> Needs | None:
             Setting(name, flags, peak_memory(decoder, other).total + CUDA_CONTEXT) for name, flags, other in others
         ),
         command=_command(job),
-        sharded_command=_sharded(job) if job.verb.name == "tune" else None,
+        sharded_command=_sharded(job) if tune and work.load_in is None else None,
     )
 
 
@@ -104,6 +111,42 @@ def _model_config(job: Job) -> dict[str, Any] | None:
     else:
         folder = found.base or (found.paths[0] if found.paths else None)
     return read_config(folder) if folder else None
+
+
+def stored_bits(settings: Mapping[str, Any]) -> str | None:
+    """Return "4bit" or "8bit" for a model whose weights are stored quantised, None for any other.
+
+    Parameters
+    ----------
+    settings : mapping
+        Content of config.json.
+
+    Raises
+    ------
+    CheckpointError
+        Quantised to a size that its quantization_config does not tell.
+    """
+    stored = settings.get("quantization_config")
+    if not stored:
+        return None
+    if isinstance(stored, dict):
+        if stored.get("load_in_4bit") or stored.get("bits") == 4:
+            return "4bit"
+        if stored.get("load_in_8bit") or stored.get("bits") == 8:
+            return "8bit"
+    raise CheckpointError("its weights are quantised, and quantization_config does not tell whether to 4 or 8 bits")
+
+
+def _require_usable(job: Job, stored: str | None) -> None:
+    """Raise CheckpointError where the stage refuses quantised weights, so that it needs nothing."""
+    config: Any = job.config
+    if stored is None:
+        return
+    if getattr(config, "load_in", None):
+        raise CheckpointError(f"its weights are quantised already; leave load_in {config.load_in} out")
+    if job.verb.name == "drop" or (job.verb.name == "tune" and config.method.type == "full"):
+        doing = "drop" if job.verb.name == "drop" else "tune --method full"
+        raise CheckpointError(f"its weights are quantised, which {doing} refuses; use the model that it was made from")
 
 
 def _on_gpu(config: VerbConfig) -> bool:
@@ -134,7 +177,7 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
         config.batch_size,
         tokens or min(longest, config.max_length or DEFAULT_MAX_TOKENS),
         dtype=config.dtype if config.dtype != "auto" else "bf16" if gpu else "fp32",
-        load_in=getattr(config, "load_in", None),
+        load_in=getattr(config, "load_in", None) or stored_bits(settings),
         eager=config.attn == "eager",
         host=not gpu,
     )
@@ -150,14 +193,17 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
     )
 
 
-def _tuning_settings(config: Any, work: Work) -> Iterator[tuple[str, str, Work]]:
-    """(name, flags, job) of the usual ways to tune this model on GPUs, one row at a time."""
+def _tuning_settings(work: Work, stored: str | None) -> Iterator[tuple[str, str, Work]]:
+    """(name, flags, job) of the usual ways to tune a model on GPUs, one row at a time; LoRA alone on stored bits."""
     rows = work.batch_size * work.accumulate
     small = f"--batch-size 1 --accumulate {rows} --gradient-checkpointing --dtype bf16"
     one = replace(
         work, mode="lora", host=False, batch_size=1, accumulate=rows, checkpointing=True, dtype="bf16", load_in=None,
         rank=work.rank or 8,
     )  # fmt: skip
+    if stored:
+        yield f"LoRA on the stored {_BITS[stored]}", small, replace(one, load_in=stored)
+        return
     yield "LoRA, bf16", small, one
     yield "QLoRA, 4 bits", f"{small} --load-in 4bit", replace(one, load_in="4bit")
     yield "all weights, bf16", f"--method full {small}", replace(one, mode="full")
@@ -166,24 +212,31 @@ def _tuning_settings(config: Any, work: Work) -> Iterator[tuple[str, str, Work]]
     yield "zeroth-order, bf16", "forward passes only; not offered yet", replace(one, mode="zeroth-order")
 
 
-def _inference_settings(work: Work) -> Iterator[tuple[str, str, Work]]:
-    bf16 = replace(work, dtype="bf16", load_in=None, host=False)
+_BITS = {"4bit": "4 bits", "8bit": "8 bits"}
+
+
+def _inference_settings(work: Work, stored: str | None) -> Iterator[tuple[str, str, Work]]:
+    bf16 = replace(work, dtype="bf16", load_in=stored, host=False)
+    if stored:
+        yield f"the stored {_BITS[stored]}", "--dtype bf16", bf16
+        return
     yield "bf16", "--dtype bf16", bf16
     yield "8 bits", "--dtype bf16 --load-in 8bit", replace(bf16, load_in="8bit")
     yield "4 bits", "--dtype bf16 --load-in 4bit", replace(bf16, load_in="4bit")
 
 
 def _disk(job: Job, decoder: Decoder, work: Work) -> int:
-    """Bytes of the result, of two checkpoints beside it while it is made, and of the download."""
+    """Bytes that are written at most, as `space_needed` asks for of a tuning, and those of the download."""
     download = 2 * decoder.parameters if job.inputs["model"].missing else 0
     rows = sum(i.size for i in job.inputs.values() if i.kind == "rows")
     if job.verb.name == "drop":
         return download + decoder.parameters * 2
     if job.verb.name != "tune":
-        return download + rows
-    trained = decoder.parameters if work.mode == "full" else work.rank * decoder.adapter_widths
-    written = trained * (DTYPE_BYTES[work.dtype] if work.mode == "full" else 4)
-    return download + rows + written + 2 * trained * 4 * (1 + work.states)
+        return download + rows + SMALL_FILES
+    dtype = job.config.dtype
+    return download + tuning_bytes(
+        decoder, full=work.mode == "full", rank=work.rank, states=work.states, dtype=dtype, rows=rows
+    )
 
 
 _PLACES = {"tune": ("model", "rows"), "select": ("rows",), "evaluate": ("model",), "drop": ("model",)}
@@ -223,10 +276,22 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: Any, *, inside: bool = False) -> str:
+    """A value as --set reads it; texts that would be read as something else, or cut, are quoted."""
     if isinstance(value, list):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+        return "[" + ", ".join(_yaml(v, inside=True) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(k)}: {_yaml(v, inside=True)}" for k, v in value.items()) + "}"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    found = parse_scalar(f"[{value}]") if inside else parse_scalar(value)
+    return value if found == ([value] if inside else value) else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    """In quotes, with the characters escaped that YAML folds or forbids."""
+    plain = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda m: f"\\u{ord(m[0]):04x}", plain)
 
 
 def _command(job: Job) -> str:

@@ -17,13 +17,18 @@ from honeloom.runs.manifest import MANIFEST, find_damage, load_manifest, render_
 from honeloom.stages.inputs import adapter_base, model_files, recorded_inputs
 from honeloom.stages.runner import load_report
 
-__all__ = ["check_push", "push_result"]
+__all__ = ["check_push", "check_repository", "push_result"]
 
 RECORDS = (
     "README.md", "report.json", "recipe.lock.yaml", "inputs.json", "environment.json",
     "merge.yaml", "drop_plan.json", "scores.json",
 )  # fmt: skip
 """What is pushed beside the model's own files; row records, events and the page stay here."""
+
+
+def check_repository(repository: str) -> None:
+    """Make sure that it has the form `org/name`, without a connection; raises as `backends.hub.check_repository`."""
+    load_target("honeloom.backends.hub:check_repository")(repository)
 
 
 def check_push(repository: str) -> None:

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from honeloom.config.base import NoResultMark, VerbConfig, collect_inputs
+from honeloom.checkpoint.folders import read_config
+from honeloom.config.base import DEFAULT_MAX_TOKENS, NoResultMark, VerbConfig, collect_inputs
 from honeloom.config.load import dump_yaml
-from honeloom.errors import ConfigError, VerificationError
+from honeloom.errors import CheckpointError, ConfigError, VerificationError
+from honeloom.planning.disk import SMALL_FILES, tuning_bytes
+from honeloom.planning.memory import read_decoder
 from honeloom.registry import family, load_target
 from honeloom.runs.atomic import require_space, write_bytes, write_json
 from honeloom.runs.environment import describe_environment
 from honeloom.runs.journal import Journal
 from honeloom.runs.keys import stage_key
 from honeloom.runs.log import Console, Log, QuietConsole
+from honeloom.runs.manifest import find_damage
 from honeloom.runs.output import Mode, Output, is_complete, open_output, work_folder
 from honeloom.runs.processes import rank, world_size
 from honeloom.runs.redact import redact, redact_tree
@@ -47,7 +51,6 @@ SIDE_FILES = (
     "manifest.json",
 )
 """What stands beside every artefact."""
-_ROOM_FOR_SMALL_FILES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
     for place in inputs:
         _blank(neutral, place.split("."))
     settings = {"method_versions": _method_versions(verb, config), **neutral}
+    if world_size() > 1:  # every process adds its batch to a step
+        settings["processes"] = world_size()
     key = stage_key(verb.name, verb.version, settings, [i.fingerprint for i in inputs.values()])
     return Job(verb, config, inputs, key)
 
@@ -180,7 +185,7 @@ def _follow(job: Job, out: Path | None, mode: Mode) -> Report:
             "start this one without torchrun or accelerate launch"
         )
     final = Path(os.path.realpath(out))
-    if mode == "overwrite" or not is_complete(final, job.key):
+    if mode == "overwrite" or not is_complete(final, job.key) or find_damage(final) is not None:
         work = work_folder(final, job.key)
         load_target(job.verb.execute)(Work(job.config, work, job.inputs, Log(QuietConsole()), leads=False))
         load_target("honeloom.backends.devices:wait_for_all")()
@@ -190,15 +195,23 @@ def _follow(job: Job, out: Path | None, mode: Mode) -> Report:
 def space_needed(job: Job) -> int:
     """Bytes that a stage will write, at most; 0 for verbs that measure it themselves once they know more.
 
-    A full tuning writes the model and keeps two checkpoints, each with the model and the two
+    A tuning writes its result and keeps checkpoints, each with the trained weights and the
     moments of its optimizer. Everything else grows with the rows.
     """
     if job.verb.name in ("merge", "drop"):
         return 0
-    method = getattr(job.config, "method", None)
-    if job.verb.name == "tune" and method is not None and method.type == "full":
-        return (1 + 2 * 3) * job.inputs["model"].size
-    return sum(i.size for i in job.inputs.values() if i.kind == "rows") + _ROOM_FOR_SMALL_FILES
+    rows = sum(i.size for i in job.inputs.values() if i.kind == "rows")
+    if job.verb.name != "tune":
+        return rows + SMALL_FILES
+    config: Any = job.config
+    full, model = config.method.type == "full", job.inputs["model"]
+    try:
+        decoder = read_decoder(read_config(model.base or model.paths[0]))
+    except CheckpointError:  # a family without known sizes
+        return (1 + 2 * 3) * model.size if full else rows + SMALL_FILES
+    states = 2 if config.optimizer.type == "adamw" else int(config.optimizer.momentum > 0)
+    width = 0 if full else config.method.rank
+    return tuning_bytes(decoder, full=full, rank=width, states=states, dtype=config.dtype, rows=rows)
 
 
 def _require_space(job: Job, work: Path) -> None:
@@ -230,7 +243,9 @@ def _work_in(job: Job, output: Output, shown: Path, console: Console) -> None:
 def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, resumed: bool) -> tuple[Report, Outcome]:
     started, cpu = time.monotonic(), time.process_time()
     execute = load_target(job.verb.execute)
-    outcome: Outcome = execute(Work(job.config, folder, job.inputs, log, resumed))
+    guard = load_target("honeloom.backends.devices:memory_guard")
+    with guard(job.config.device, job.verb.name, memory_advice(job.config)):
+        outcome: Outcome = execute(Work(job.config, folder, job.inputs, log, resumed))
     artefact = None
     if folder and shown:
         path = shown if outcome.artefact == "." else shown / outcome.artefact
@@ -248,6 +263,18 @@ def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, res
         details=outcome.details,
     )
     return report, outcome
+
+
+def memory_advice(config: VerbConfig) -> list[str]:
+    """Flags of a verb that lower its memory, as far as it has them."""
+    advice = []
+    if (size := getattr(config, "batch_size", 1)) > 1:
+        advice.append(f"--batch-size {size // 2}")
+    if hasattr(config, "max_length"):
+        advice.append(f"--max-length {(config.max_length or DEFAULT_MAX_TOKENS) // 2}")
+    if hasattr(config, "load_in") and config.load_in is None:
+        advice.append("--load-in 4bit")
+    return [*advice, "--dtype bf16"]
 
 
 def load_report(folder: Path, *, reused: bool = False) -> Report:

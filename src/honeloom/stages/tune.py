@@ -14,7 +14,7 @@ from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import largest_gap, packing_leak, row_logits
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import restore_trainable
-from honeloom.backends.hf.tune import Trained, add_lora, train, unfreeze
+from honeloom.backends.hf.tune import Trained, add_lora, require_trackers, train, unfreeze
 from honeloom.checkpoint.folders import copy_tokenizer, discard, read_config, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
@@ -22,7 +22,7 @@ from honeloom.errors import CheckpointError, ConfigError, RowsError, SourceError
 from honeloom.planning import FSDP_PROFILE
 from honeloom.planning.memory import peak_memory, read_decoder
 from honeloom.runs.output import published_name
-from honeloom.runs.processes import sharded
+from honeloom.runs.processes import sharded, world_size
 from honeloom.stages.needs import work_of
 from honeloom.stages.row_records import write_training_rows
 from honeloom.stages.rows import scan
@@ -46,11 +46,14 @@ def execute(work: Work[TuneConfig]) -> Outcome:
             "(task_arithmetic with weight 1 gives a full model)"
         )
     require_shardable(config)
+    require_trackers(config)
     full = config.method.type == "full"
     if full:
         refuse_quantised(found.paths[0], "tune --method full")
     device = choose_device(config.device)
     compute = choose_dtype(config.dtype, device)
+    if device.type == "cpu" and compute is torch.float16:
+        raise ConfigError("--dtype fp16: a CPU does not train in fp16; use bf16, which needs no loss scaling, or fp32")
     model = _prepare(work, sharded())
     encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
     kept, encoded, turn_ends = encode_rows(work, rows, encoder)
@@ -98,6 +101,8 @@ def _outcome(config: TuneConfig, trained: Trained, checks: tuple[Check, ...], *,
         "losses": _thinned(trained.losses),
         "trainable_parameters": trainable,
         "rows": rows,
+        "processes": world_size(),
+        "rows_per_step": config.batch_size * config.accumulate * world_size(),
     }
     relation = "adapter" if lora else "finetune"
     return Outcome("adapter" if lora else "model", ".", _metrics(trained), checks, details, relation)

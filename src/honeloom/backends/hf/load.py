@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
-from honeloom.backends.devices import choose_device, choose_dtype, free_memory
+from honeloom.backends.devices import DTYPES, choose_device, choose_dtype, free_memory
 from honeloom.checkpoint.folders import read_config
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.checkpoint.reader import weight_files
 from honeloom.config.base import DEFAULT_MAX_TOKENS
 from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, SourceError
+from honeloom.planning.memory import Work, read_decoder, weight_bytes
 from honeloom.registry import load_target
 
 __all__ = [
@@ -177,14 +178,37 @@ def load_model(path: Path, *, base: Path | None = None, loading: Loading | None 
     files = weight_files(path)
     _check_weights(files)
     transformers.utils.logging.disable_progress_bar()  # it would draw over ours
-    fits = device.type != "cuda" or sum(f.stat().st_size for f in files) < 0.9 * free_memory(device)
-    arguments = load_arguments(loading, device, choose_dtype(loading.dtype, device), fits=fits)
+    dtype = choose_dtype(loading.dtype, device)
+    fits = device.type != "cuda" or _loaded_bytes(config.to_dict(), files, loading, dtype) < 0.9 * free_memory(device)
+    arguments = load_arguments(loading, device, dtype, fits=fits)
     model, info = _from_pretrained(path, config, arguments, loading.attn)
     _check_fit(path, info)
     if quantised:
         _keep_codes(model)
+    if loading.load_in:
+        _require_quantised(path, model, loading.load_in)
     placed = quantised or "device_map" in arguments
     return (model if placed else model.to(device)).eval()
+
+
+def _loaded_bytes(config: Mapping[str, Any], files: Sequence[Path], loading: Loading, dtype: torch.dtype) -> int:
+    """Bytes of the weights once they are loaded; those of the files where the family's sizes are not known."""
+    name = next(name for name, kind in DTYPES.items() if kind is dtype)
+    try:
+        work = Work("inference", 1, 1, dtype=name, load_in=loading.load_in)
+        return weight_bytes(read_decoder(config), work)
+    except CheckpointError:
+        return sum(f.stat().st_size for f in files)
+
+
+def _require_quantised(path: Path, model: Any, load_in: str) -> None:
+    """Refuse experts that stay as they are: bitsandbytes replaces linear layers, and they are one tensor per layer."""
+    left = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 3}
+    if left:
+        raise ConfigError(
+            f"{path}: load_in {load_in} would leave its experts unquantised ({next(iter(left))} and others, "
+            f"{sum(left.values()):,} weights), for bitsandbytes replaces linear layers alone; leave load_in out"
+        )
 
 
 def _keep_codes(model: Any) -> None:

@@ -16,7 +16,7 @@ from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token
 from honeloom.errors import NotFiniteError, SourceError
 from honeloom.types.rows import Row
 
-__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pack_batch", "pad_batch"]
+__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pack_batch", "pad_batch", "windows"]
 
 Progress = Callable[[Iterable[Row], str, int | None], Iterable[Row]]
 
@@ -105,14 +105,14 @@ class Scorer:
 
     def losses(self, rows: Iterable[Row], *, with_prompt: bool = True) -> Iterator[tuple[Row, RowLoss]]:
         """Yield every row with its loss, in order; rows that cannot be rendered go to `unscored`."""
-        for window in _windows(self._encode(rows, with_prompt), self.batch_size * WINDOW):
+        for window in windows(self._encode(rows, with_prompt), self.batch_size * WINDOW):
             sums = self._sums([encoded for _, encoded in window])
             for (row, encoded), total in zip(window, sums, strict=True):
                 yield row, RowLoss(total, encoded.targets, encoded.chars, encoded.truncated)
 
     def choices(self, rows: Iterable[Row]) -> Iterator[tuple[Row, ChoiceScore]]:
         """Yield every multiple-choice row with the losses of its choices, in order."""
-        for window in _windows(((r, self.encoder.encode_choices(r)) for r in rows), self.batch_size * 8):
+        for window in windows(((r, self.encoder.encode_choices(r)) for r in rows), self.batch_size * 8):
             sums = iter(self._sums([e for _, options in window for e in options]))
             for row, options in window:
                 losses = tuple(next(sums) for _ in options)
@@ -213,7 +213,8 @@ def pack_batch(batch: Sequence[Encoded], width: int) -> tuple[torch.Tensor, torc
     return ids, positions, labels
 
 
-def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Cut a stream into lists of at most `size`."""
     iterator = iter(items)
     while window := list(islice(iterator, size)):
         yield window

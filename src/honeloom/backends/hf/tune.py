@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from honeloom.backends.devices import memory_guard
@@ -33,11 +33,13 @@ from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
 __all__ = [
-    "Trained", "add_lora", "lora_arguments", "row_order", "rows_in_all", "total_steps", "train",
-    "training_arguments", "unfreeze",
+    "Trained", "add_lora", "lora_arguments", "row_order", "rows_in_all", "require_trackers", "total_steps",
+    "train", "training_arguments", "unfreeze",
 ]  # fmt: skip
 
 COMPLETE = "complete.json"
+OVERFLOWS = 20
+"""Steps in a row that fp16 may skip: its scale begins at 2**16, and each of them halves it."""
 # The older name goes in transformers 6.
 _RECOMPUTE = next(
     n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__
@@ -195,7 +197,10 @@ def train(
     lengths = [len(e.ids) for e in encoded]
     order = row_order(len(encoded), rows_in_all(len(encoded), config), config.seed, lengths=lengths, group=group)
     device = device or model.device
-    signature = {"device": device.type, "dtype": str(model.dtype), "autocast": str(autocast)}
+    signature = {
+        "device": device.type, "dtype": str(model.dtype), "autocast": str(autocast), "processes": str(world_size()),
+        "sharded": str(sharded()),
+    }  # fmt: skip
     checkpoint = newest_checkpoint(folder, log, signature)
     with deferred_signals() as pending, log.console.progress("tune", steps) as advance:
         watcher = _Watcher(folder, log, pending, advance, signature)
@@ -203,7 +208,7 @@ def train(
             config=config,
             model=model,
             args=_arguments(config, folder, steps, device, autocast, name),
-            train_dataset=_Rows([encoded[i] for i in order]),
+            train_dataset=_Rows(_filled([encoded[i] for i in order], config)),
             data_collator=collator(config.packing, encoded),
             callbacks=[watcher, *_tensorboard(config, folder.parent / "tensorboard")],
         )
@@ -230,12 +235,19 @@ def _gather(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+def _filled(rows: list[Encoded], config: TuneConfig) -> list[Encoded]:
+    """Rows without targets up to a full batch for every process, which would else train the first rows again."""
+    missing = -len(rows) % (config.batch_size * world_size()) if world_size() > 1 else 0
+    filler = replace(rows[0], scored=(False,) * len(rows[0].ids), ends=False)
+    return [*rows, *[filler] * missing]
+
+
 def _memory_advice(config: TuneConfig) -> list[str]:
     """Flags that lower the memory of this training, the cheapest in time first."""
     advice = []
     if config.batch_size > 1:
-        half = config.batch_size // 2
-        advice.append(f"--batch-size {half} --accumulate {config.accumulate * -(-config.batch_size // half)}")
+        part = max(n for n in range(1, config.batch_size // 2 + 1) if config.batch_size % n == 0)
+        advice.append(f"--batch-size {part} --accumulate {config.accumulate * config.batch_size // part}")
     if not config.gradient_checkpointing:
         advice.append("--gradient-checkpointing")
     if config.method.type == "full":
@@ -243,6 +255,14 @@ def _memory_advice(config: TuneConfig) -> list[str]:
     elif config.load_in != "4bit":
         advice.append("--load-in 4bit")
     return [*advice, f"--max-length {(config.max_length or DEFAULT_MAX_TOKENS) // 2}"]
+
+
+def require_trackers(config: TuneConfig) -> None:
+    """Raise ConfigError if a tracker is asked for that is not installed, before any work."""
+    with _tracker_errors():
+        _tensorboard(config, Path())
+        for callback in get_reporting_integration_callbacks([t for t in config.report_to if t != "tensorboard"]):
+            callback()
 
 
 def _tensorboard(config: TuneConfig, folder: Path) -> list[TrainerCallback]:
@@ -377,9 +397,11 @@ class _Watcher(TrainerCallback):
         self.pending = pending
         self.advance = advance
         self.fault = ""
+        self.overflows = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.advance(1)
+        self.pending.number = _heard_anywhere(self.pending.number, args.device)
         if self.pending.number is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -389,6 +411,11 @@ class _Watcher(TrainerCallback):
     ) -> None:
         numbers = {k: float(v) for k, v in (logs or {}).items() if k in ("loss", "grad_norm", "learning_rate")}
         bad = [k for k in ("loss", "grad_norm") if k in numbers and not math.isfinite(numbers[k])]
+        # fp16 scales the loss up until a gradient overflows, skips that step, and halves the scale.
+        self.overflows = self.overflows + 1 if bad == ["grad_norm"] else 0
+        if bad == ["grad_norm"] and args.fp16 and self.overflows <= OVERFLOWS:
+            numbers.pop("grad_norm")
+            bad = []
         if bad:
             self.fault = f"step {state.global_step}: {bad[0]} is {numbers[bad[0]]}"
             control.should_training_stop = True
@@ -408,8 +435,17 @@ class _Watcher(TrainerCallback):
         write_json(checkpoint / COMPLETE, {"step": state.global_step, **self.signature})
 
 
+def _heard_anywhere(number: int | None, device: torch.device) -> int | None:
+    """The signal that any process of a spread job has received, so that all of them stop at the same step."""
+    if not torch.distributed.is_initialized():
+        return number
+    heard = torch.tensor(number or 0, device=device if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+    return int(heard) or None
+
+
 def newest_checkpoint(folder: Path, log: Log, signature: dict[str, str]) -> Path | None:
-    """The newest complete checkpoint made on this kind of device in this number type; others are named and skipped."""
+    """The newest complete checkpoint that was made the same way; others are named and skipped."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
         if (checkpoint / COMPLETE).exists():
@@ -417,7 +453,7 @@ def newest_checkpoint(folder: Path, log: Log, signature: dict[str, str]) -> Path
             if made == {"step": made["step"], **signature}:
                 log.say(f"tune: going on from step {made['step']}")
                 return checkpoint
-            log.say(f"tune: {checkpoint.name} was made with another device or number type; skipped")
+            log.say(f"tune: {checkpoint.name} is from another device, number type or number of processes; skipped")
             continue
         log.say(f"tune: {checkpoint.name} was cut off while it was saved; skipped")
     return None
