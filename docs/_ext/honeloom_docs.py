@@ -20,7 +20,13 @@ from honeloom.registry import FAMILIES, Method, family, load_target
 
 _ARXIV = re.compile(r"(?:arXiv:)?(?<![\d./])(\d{4}\.\d{5})(?!\d)")
 _DOI = re.compile(r"doi:(\S+)")
-_VERB = {"selection": "select", "tuning": "tune", "merging": "merge", "dropping": "drop"}
+_VERB = {
+    "selection": "select",
+    "valuation": "valuation.estimate",
+    "tuning": "tune",
+    "merging": "merge",
+    "dropping": "drop",
+}
 
 
 def cite(paper: str) -> str:

@@ -21,6 +21,7 @@ __all__ = ["FAMILIES", "Method", "Registry", "family", "load_target", "suggest"]
 
 FAMILIES: dict[str, str] = {
     "selection": "honeloom.selection",
+    "valuation": "honeloom.valuation",
     "tuning": "honeloom.tuning",
     "merging": "honeloom.merging",
     "dropping": "honeloom.dropping",

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from honeloom.testing.conformance import check_drop_metric, check_merge_method, check_selector
+from honeloom.testing.conformance import (
+    check_drop_metric,
+    check_estimator,
+    check_merge_method,
+    check_selector,
+)
 from honeloom.testing.fakes import FakeModel, FakeRows
 
-__all__ = ["FakeModel", "FakeRows", "check_drop_metric", "check_merge_method", "check_selector"]
+__all__ = [
+    "FakeModel",
+    "FakeRows",
+    "check_drop_metric",
+    "check_estimator",
+    "check_merge_method",
+    "check_selector",
+]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from honeloom.selection.choose import take_best
@@ -13,8 +15,11 @@ from honeloom.testing.fakes import FakeModel, FakeRows, chat_row
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
 from honeloom.types.rows import Row
+from honeloom.valuation.executors import Executor, Inline, Outcome, Task, Utility
+from honeloom.valuation.game import Estimate, Game
+from honeloom.valuation.noise import measure_noise
 
-__all__ = ["check_drop_metric", "check_merge_method", "check_selector"]
+__all__ = ["check_drop_metric", "check_estimator", "check_merge_method", "check_selector"]
 
 
 def _rows(count: int) -> list[Row]:
@@ -130,3 +135,86 @@ def check_drop_metric(metric: Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     assert float(metric(before, before).abs().max()) == 0.0, "an unchanged stream has importance"
     assert torch.allclose(metric(before[:1], after[:1]), values[:1], atol=1e-7), "the batch changes a value"
     assert torch.equal(before, copy), "an input was changed"
+
+
+def check_estimator(
+    method: Callable[..., Estimate], *, efficient: bool, surrogate: Sequence[float] | None = None, **settings: Any
+) -> None:
+    """Require what every estimator of players' values promises.
+
+    For a game of five players without noise, two of them alike and one that adds nothing:
+    alike values for the first two and none for the last, within five standard errors; the sum
+    v(N) - v(empty) where the method defines that; one finite value and one standard error per player; the same bits
+    when called again and when evaluations come back in reverse order; no evaluation beyond the
+    budget, and a result for every budget from 1 on; failed evaluations left out; a constant
+    added to the utility changes nothing.
+
+    Parameters
+    ----------
+    method : callable
+        Takes a Game and its settings as keywords, and returns an Estimate.
+    efficient : bool
+        Whether the values sum to v(N) - v(empty).
+    surrogate : sequence of float or None
+        Five cheap values, for methods that need them.
+
+    Raises
+    ------
+    AssertionError
+        What does not hold.
+    """
+
+    def run(budget: int, shift: float = 0.0, executor: Executor | None = None, fail: bool = False) -> Estimate:
+        utility = _CountedGame(shift, fail)
+        cheap = None if surrogate is None else np.array(surrogate)
+        game = Game(utility, 5, budget=budget, seed=3, executor=executor or Inline(), surrogate=cheap)
+        measure_noise(game, most=min(4, budget))
+        found = method(game, **settings)
+        assert utility.calls <= game.spent <= budget, f"{utility.calls} evaluations for a budget of {budget}"
+        assert cheap is None or cheap.tolist() == list(surrogate or ()), "the surrogate was changed"
+        shapes = {found.value.shape, found.stderr.shape, found.count.shape}
+        assert shapes == {(5,)}, f"shapes {shapes} for 5 players"
+        assert np.isfinite(found.value).all(), f"values {found.value} at budget {budget}"
+        assert (found.stderr >= 0).all(), f"standard errors {found.stderr} at budget {budget}"
+        return found
+
+    for budget in range(1, 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(budget)
+            run(budget, fail=True)
+    full = run(600)
+    limit = 5 * np.hypot(full.stderr[0], full.stderr[1]) + 1e-9
+    assert abs(full.value[0] - full.value[1]) <= limit, f"players that are alike get {full.value[:2]}"
+    assert abs(full.value[4]) <= 5 * full.stderr[4] + 1e-9, f"a player that adds nothing gets {full.value[4]}"
+    gain = _CountedGame(0.0, False)(frozenset(range(5))) - _CountedGame(0.0, False)(frozenset())
+    assert not efficient or abs(full.value.sum() - gain) <= 1e-9, f"the sum is {full.value.sum()}, not {gain}"
+    assert _same(run(600), full), "a second call gives other bits"
+    assert _same(run(600, executor=_Backwards()), full), "the order in which evaluations end changes the values"
+    moved = run(600, shift=7.0)
+    assert np.allclose(moved.value, full.value, atol=1e-9), "a constant added to the utility changes the values"
+
+
+class _CountedGame:
+    """Players 0 and 1 alike, 4 adding nothing, with interactions; one coalition can be made to fail."""
+
+    def __init__(self, shift: float, fail: bool) -> None:
+        self.shift, self.fail, self.calls = shift, fail, 0
+
+    def __call__(self, coalition: frozenset[int]) -> float:
+        self.calls += 1
+        if self.fail and coalition in ({0, 2}, {1, 2, 3}):
+            raise RuntimeError("made to fail")
+        weights = sum((0.2, 0.2, 0.5, -0.1, 0.0)[i] for i in sorted(coalition))
+        return self.shift + weights + 0.3 * ({0, 1} <= coalition) + 0.1 * ({2, 3} <= coalition)
+
+
+class _Backwards(Inline):
+    """Returns outcomes last first, as a pool may."""
+
+    def map_utilities(self, utility: Utility, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+        yield from reversed(list(super().map_utilities(utility, tasks)))
+
+
+def _same(a: Estimate, b: Estimate) -> bool:
+    return all(np.array_equal(x, y) for x, y in ((a.value, b.value), (a.stderr, b.stderr), (a.count, b.count)))

@@ -6,15 +6,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["DropPlan", "Needs", "Scores", "SelectPlan", "Setting", "StagePlan"]
+__all__ = ["DropPlan", "Needs", "Noise", "Scores", "SelectPlan", "Setting", "StagePlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What repeated evaluations of a utility say before the budget is spent.
+
+    Attributes
+    ----------
+    sd : float or None
+        Standard deviation of one evaluation, in units of the utility; None where nothing was repeated.
+    margin : float or None
+        Mean value of a player, (v(N) - v(empty)) / n, in units of the utility.
+    predicted_rho : float or None
+        Predicted correlation of estimated with true values for this budget, in [0, 1].
+    """
+
+    sd: float | None
+    margin: float | None
+    predicted_rho: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Values of players (rows, clusters, layers), in the players' order.
 
-    `stderr` and `count` are None where the method defines none. `columns` are further
-    per-player numbers of the method, by column name.
+    `stderr` and `count` are None where the method defines none; a standard error that is not
+    known is infinite. `columns` are further per-player numbers of the method, by column name.
+    `resolvable` says whether the values can rank the players at all, and is None where that
+    is no question; `noise` is what was measured beforehand.
     """
 
     value: tuple[float, ...]
@@ -23,6 +44,8 @@ class Scores:
     stderr: tuple[float, ...] | None = None
     count: tuple[int, ...] | None = None
     columns: Mapping[str, Sequence[Any]] | None = None
+    resolvable: bool | None = None
+    noise: Noise | None = None
 
     def __len__(self) -> int:
         return len(self.value)
