@@ -9,7 +9,6 @@ import typer
 import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb, settings
-from honeloom.errors import ConfigError
 
 
 def select(
@@ -59,9 +58,5 @@ def select(
         "load_in": load_in, "attn": attn, "batch_size": batch_size,
         "max_length": max_length, "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
-    options = settings("select", given, set_)
-    unused = [k for k in ("load_in", "attn") if options.get(k) is not None]
-    if unused and options.get("model") is None:
-        raise ConfigError(f"select: {' and '.join(unused)} say how a model is loaded; give --model, or leave them out")
-    run_verb("select", honeloom.select, options, out=output_dir, overwrite=overwrite,
+    run_verb("select", honeloom.select, settings("select", given, set_), out=output_dir, overwrite=overwrite,
              resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip

@@ -93,6 +93,9 @@ class SelectConfig(RowsConfig):
         if self.model is None and (self.method.type in NEEDS_MODEL or self.keep.endswith("tok")):
             what = f"method {self.method.type!r}" if self.method.type in NEEDS_MODEL else f"keep {self.keep!r}"
             raise ValueError(f"{what} needs a model (--model): its tokenizer defines a token")
+        given = [name for name in ("load_in", "attn") if getattr(self, name) is not None]
+        if self.model is None and given:
+            raise ValueError(f"{' and '.join(given)} say how a model is loaded; give --model, or leave them out")
         return self
 
     def keep_amount(self) -> tuple[Decimal, str]:
