@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 import honeloom
+from honeloom.checkpoint.folders import read_config
 from honeloom.errors import CheckpointError, HoneloomError, OutOfSpaceError, OutputExistsError, SourceError
+from honeloom.planning.memory import read_decoder
 from honeloom.runs import atomic
 from honeloom.stages.inputs import adapter_base, resolve_model, resolve_rows
 from honeloom.stages.records import trace
@@ -181,12 +183,16 @@ def test_calibration_rows_are_found(tmp_path):
 
 
 def test_no_stage_starts_without_room_for_its_result(tmp_path, rows, tiny_model, monkeypatch):
+    """In fp32: the result, and three checkpoints with what is trained and AdamW's two moments."""
     usage = shutil.disk_usage(tmp_path)
-    size = resolve_model(str(tiny_model)).size
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage._replace(free=7 * size))
-    with pytest.raises(OutOfSpaceError, match=f"{7 * size:,} bytes are needed .* {7 * size:,} are free"):
+    decoder, small = read_decoder(read_config(tiny_model)), (64 << 20) + rows.stat().st_size
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage._replace(free=small))
+    full, lora = (small + 4 * n * (1 + 3 * 3) for n in (decoder.parameters, 8 * decoder.adapter_widths))
+    with pytest.raises(OutOfSpaceError, match=f"{full:,} bytes are needed .* {small:,} are free"):
         honeloom.tune(tiny_model, rows, method="full", output_dir=tmp_path / "full")
-    for verb, options in (("tune", {"model": tiny_model}), ("select", {}), ("evaluate", {"model": tiny_model})):
-        with pytest.raises(OutOfSpaceError, match=f"{(64 << 20) + rows.stat().st_size:,} bytes are needed"):
+    with pytest.raises(OutOfSpaceError, match=f"{lora:,} bytes are needed"):
+        honeloom.tune(tiny_model, rows, output_dir=tmp_path / "lora")
+    for verb, options in (("select", {}), ("evaluate", {"model": tiny_model})):
+        with pytest.raises(OutOfSpaceError, match=f"{small:,} bytes are needed"):
             getattr(honeloom, verb)(rows=rows, output_dir=tmp_path / verb, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
