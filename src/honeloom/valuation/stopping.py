@@ -5,6 +5,7 @@ A rule holds no state, so one object serves any number of runs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,12 +50,12 @@ class Snapshot:
     earlier: tuple[FloatArray, ...] = ()
 
 
-class StoppingRule:
+class StoppingRule(ABC):
     """A condition on a snapshot; `a | b` holds when either does, `a & b` when both do."""
 
+    @abstractmethod
     def __call__(self, snapshot: Snapshot) -> bool:
         """Whether to stop now."""
-        raise NotImplementedError(f"{type(self).__name__} defines no __call__")
 
     def __or__(self, other: StoppingRule) -> StoppingRule:
         return _Either(self, other)
