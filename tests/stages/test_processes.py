@@ -40,6 +40,28 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
     assert compare(tmp_path, "lora") > 1e-3
 
 
+HEARD = """
+import os, torch
+from honeloom.backends.hf.tune import _heard_anywhere
+torch.distributed.init_process_group("gloo")
+told = [_heard_anywhere(n, torch.device("cpu")) for n in (None, 15 if os.environ["RANK"] == "1" else None)]
+open(os.environ["TOLD"] + os.environ["RANK"], "w").write(str(told))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_is_heard_by_all(tmp_path):
+    """All must stop at the same step: one that went on alone would wait for the others for ever."""
+    (tmp_path / "heard.py").write_text(HEARD)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "TOLD": str(tmp_path / "told-")}
+    command = [*launch, str(tmp_path / "heard.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)] == ["[None, 15]"] * 2
+
+
 @pytest.mark.slow
 def test_a_last_step_that_is_not_full_trains_no_row_twice(tmp_path):
     """17 rows in batches of 2 x 4: the second process has nothing in the last step, and must add nothing."""
