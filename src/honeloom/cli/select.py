@@ -18,11 +18,31 @@ def select(
         typer.Option("--method", metavar="NAME", help="See `honeloom methods selection`.  [default: random]"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Scores the rows; random and stratified need none.")
+        str | None, typer.Option("--model", metavar="MODEL", help="Scores the rows, or is tuned to value them.")
     ] = None,
     keep: Annotated[
         str | None,
         typer.Option("--keep", metavar="10%|500|200000tok", help="Share, rows or tokens to keep.  [default: 10%]"),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="ROWS", help="Rows like those the model is wanted for; may be repeated."),
+    ] = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            "--overlap", metavar="refuse|leave_out", help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]"
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", metavar="N", help="Most evaluations (tune and score) that shed spends.  [default: 300]"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", help="Processes that evaluate side by side.  [default: 1]")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster.  [default: no]")
     ] = None,
     near_duplicates: Annotated[
         float | None,
@@ -50,10 +70,11 @@ def select(
 ) -> None:
     """Choose the rows worth training on: rows in, scores and a subset out.
 
-    Example: honeloom select rows.jsonl --method ifd --model org/model --keep 10% --output-dir picked
+    Example: honeloom select rows.jsonl --method shed --model org/model --target wanted.jsonl --output-dir picked
     """
     given = {
-        "rows": rows, "method": method, "model": model, "keep": keep, "near_duplicates": near_duplicates,
+        "rows": rows, "method": method, "model": model, "keep": keep, "target": target or None,
+        "overlap": overlap, "budget": budget, "workers": workers, "ray": ray, "near_duplicates": near_duplicates,
         "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype,
         "load_in": load_in, "attn": attn, "batch_size": batch_size,
         "max_length": max_length, "strict": strict, "max_bad": max_bad,

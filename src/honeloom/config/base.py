@@ -19,6 +19,7 @@ __all__ = [
     "Config",
     "Device",
     "Dtype",
+    "FileInput",
     "InputField",
     "InputKind",
     "LoadIn",
@@ -42,7 +43,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-InputKind = Literal["model", "rows", "folder"]
+InputKind = Literal["model", "rows", "folder", "file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ ModelInput = Annotated[str, BeforeValidator(_as_text), InputMark("model")]
 """Hub id, id@revision, path or `lab:base`."""
 OptionalFolderInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("folder")]
 """A folder of small files whose content matters."""
+FileInput = Annotated[str, BeforeValidator(_as_text), InputMark("file")]
+"""One file whose content matters."""
 OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
 _ONE_OR_MORE = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 RowsInput = Annotated[

@@ -16,9 +16,21 @@ __all__ = ["FamilyMethod", "MethodConfig", "default_type"]
 
 
 class MethodConfig(Config):
-    """Settings of one method; `type` is its name in the registry."""
+    """Settings of one method; `type` is its name in the registry.
+
+    A selection method says which of `model`, `target` and `budget` it needs from the settings
+    of `select`, and which it can also use.
+    """
 
     type: str
+
+    def needs(self) -> frozenset[str]:
+        """What must be given beside the rows."""
+        return frozenset()
+
+    def uses(self) -> frozenset[str]:
+        """What may be given, and changes the result."""
+        return frozenset()
 
 
 def default_type(name: str) -> BeforeValidator:

@@ -35,15 +35,27 @@ class NearDuplicates:
 
     def find_or_add(self, number: int, row: Row) -> int | None:
         """Return the number of the earliest row like this one, or remember this one and return None."""
-        sketch = MinHash(num_perm=_PERMUTATIONS, seed=0)
-        sketch.update_batch([shingle.encode() for shingle in _shingles(row)])
+        sketch = _sketch(row)
+        found = self._earliest(sketch)
+        if found is None:
+            self._lsh.insert(number, sketch, check_duplication=False)
+            self._sketches[number] = sketch
+        return found
+
+    def find(self, row: Row) -> int | None:
+        """Return the number of the earliest row like this one, or None."""
+        return self._earliest(_sketch(row))
+
+    def _earliest(self, sketch: MinHash) -> int | None:
         # Buckets only propose; the estimate decides.
-        for earlier in sorted(self._lsh.query(sketch)):
-            if self._sketches[earlier].jaccard(sketch) >= self._threshold:
-                return int(earlier)
-        self._lsh.insert(number, sketch, check_duplication=False)
-        self._sketches[number] = sketch
-        return None
+        near = (n for n in sorted(self._lsh.query(sketch)) if self._sketches[n].jaccard(sketch) >= self._threshold)
+        return next((int(n) for n in near), None)
+
+
+def _sketch(row: Row) -> MinHash:
+    sketch = MinHash(num_perm=_PERMUTATIONS, seed=0)
+    sketch.update_batch([shingle.encode() for shingle in _shingles(row)])
+    return sketch
 
 
 def _shingles(row: Row) -> list[str]:

@@ -8,18 +8,101 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
 
-from honeloom.config.base import Attention, LoadIn, OptionalModelInput, RowsConfig, RowsInput
-from honeloom.config.methods import FamilyMethod, MethodConfig
+from honeloom.config.base import (
+    Attention,
+    Config,
+    FileInput,
+    LoadIn,
+    NoResultMark,
+    OptionalModelInput,
+    RowsConfig,
+    RowsInput,
+)
+from honeloom.config.methods import FamilyMethod, MethodConfig, default_type
+from honeloom.registry import family, suggest
 
 __all__ = [
+    "DqConfig",
+    "DsirConfig",
+    "Embedding",
+    "FileEmbedding",
+    "HiddenEmbedding",
     "IfdConfig",
+    "InRunConfig",
+    "KCenterConfig",
     "LengthConfig",
+    "LessConfig",
     "PerplexityConfig",
     "RandomConfig",
+    "ScoresConfig",
     "SelectConfig",
     "SelectMethod",
+    "SentenceEmbedding",
+    "ShedConfig",
     "StratifiedConfig",
+    "TfidfEmbedding",
+    "TracinConfig",
+    "UtilityConfig",
 ]
+
+MODEL = frozenset({"model"})
+TARGET = frozenset({"target"})
+BUDGET = frozenset({"budget"})
+
+
+Estimator = str | dict[str, str | int | float | bool]
+
+
+class HiddenEmbedding(Config):
+    """Mean of the model's own hidden states over the tokens of a row: nothing to download."""
+
+    type: Literal["hidden"] = "hidden"
+    depth: float = Field(0.5, ge=0, le=1, description="0 is the input embedding, 1 the last layer's output.")
+
+
+class TfidfEmbedding(Config):
+    """Words weighted by their rarity, reduced by a truncated SVD: needs no model."""
+
+    type: Literal["tfidf"] = "tfidf"
+    size: int = Field(128, ge=2, le=1024, description="Length of a vector.")
+
+
+class SentenceEmbedding(Config):
+    """An encoder of the package sentence-transformers (extra `embed`)."""
+
+    type: Literal["sentence_transformers"] = "sentence_transformers"
+    encoder: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", description="Hub id or folder; rows are cut at the encoder's limit."
+    )
+
+
+class FileEmbedding(Config):
+    """Vectors made elsewhere: a .npy file, one row of numbers per usable row, in reading order."""
+
+    type: Literal["file"] = "file"
+    path: FileInput = Field(description="Array (N, d) of floats; it is read in pieces.")
+
+
+Embedding = Annotated[
+    HiddenEmbedding | TfidfEmbedding | SentenceEmbedding | FileEmbedding,
+    Field(discriminator="type", description="What makes rows comparable."),
+    default_type("hidden"),
+]
+
+
+class UtilityConfig(Config):
+    """What a set of rows is worth: tune LoRA adapters on it for a fixed number of steps, score the target."""
+
+    steps: int | None = Field(
+        None, ge=1, description="Optimizer steps; default: one pass over half of the players' rows, at least 8."
+    )
+    batch_size: int = Field(8, ge=1, description="Rows per step.")
+    lr: float = Field(3e-4, gt=0, description="Learning rate of AdamW, falling linearly to zero.")
+    rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
+    score: Literal["loss", "accuracy"] = Field(
+        "loss", description="Negative loss per token of the target, or accuracy of its multiple-choice rows."
+    )
+    target_rows: int = Field(128, ge=1, description="Rows of the target that are scored, drawn by the seed.")
 
 
 class RandomConfig(MethodConfig):
@@ -41,6 +124,10 @@ class LengthConfig(MethodConfig):
     type: Literal["length"] = "length"
     order: Literal["longest", "shortest"] = "longest"
 
+    def needs(self) -> frozenset[str]:
+        """The model whose tokenizer defines a token."""
+        return MODEL
+
 
 class PerplexityConfig(MethodConfig):
     """A band of the model's perplexity of the response."""
@@ -50,16 +137,170 @@ class PerplexityConfig(MethodConfig):
         "middle", description="Which part of the distribution is kept; the middle avoids the trivial and the broken."
     )
 
+    def needs(self) -> frozenset[str]:
+        """The model whose losses count."""
+        return MODEL
+
 
 class IfdConfig(MethodConfig):
     """The highest instruction-following difficulty below 1."""
 
     type: Literal["ifd"] = "ifd"
 
+    def needs(self) -> frozenset[str]:
+        """The model whose losses count."""
+        return MODEL
+
+
+class DsirConfig(MethodConfig):
+    """Importance resampling on hashed n-grams."""
+
+    type: Literal["dsir"] = "dsir"
+    buckets: int = Field(10_000, ge=2, description="Hash buckets of words and pairs of words.")
+    noise: bool = Field(True, description="Resample (Gumbel noise on the weights) rather than take the largest.")
+
+    def needs(self) -> frozenset[str]:
+        """The target."""
+        return TARGET
+
+
+class KCenterConfig(MethodConfig):
+    """Greedy k-center: rows that leave no row far from a chosen one."""
+
+    type: Literal["k_center"] = "k_center"
+    embedding: Embedding = Field(default_factory=HiddenEmbedding)
+
+    def needs(self) -> frozenset[str]:
+        """What the embedding needs."""
+        return needs_of(self.embedding)
+
+
+class DqConfig(MethodConfig):
+    """Dataset quantization: bins of decreasing diversity, sampled evenly."""
+
+    type: Literal["dq"] = "dq"
+    bins: int = Field(10, ge=1, description="Non-overlapping bins.")
+    embedding: Embedding = Field(default_factory=HiddenEmbedding)
+
+    def needs(self) -> frozenset[str]:
+        """What the embedding needs."""
+        return needs_of(self.embedding)
+
+
+class InRunConfig(MethodConfig):
+    """First-order in-run Shapley: what every step of one tuning owes to every row."""
+
+    type: Literal["in_run"] = "in_run"
+    epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    batch_size: int = Field(16, ge=1, description="Rows per step.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate.")
+    rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
+    target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
+
+    def needs(self) -> frozenset[str]:
+        """The model and the target."""
+        return MODEL | TARGET
+
+
+class _WarmedConfig(MethodConfig):
+    """Gradients at checkpoints along a short warm-up on the rows."""
+
+    checkpoints: int = Field(4, ge=1, description="Along the warm-up; gradients are taken at each.")
+    warmup: float = Field(0.05, gt=0, le=1, description="Share of the rows the warm-up tunes on, once per checkpoint.")
+    batch_size: int = Field(16, ge=1, description="Rows per step of the warm-up.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate of the warm-up.")
+    rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
+    size: int = Field(8192, ge=16, description="Numbers that a projected gradient keeps.")
+    target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
+
+    def needs(self) -> frozenset[str]:
+        """The model and the target."""
+        return MODEL | TARGET
+
+
+class LessConfig(_WarmedConfig):
+    """LESS: the cosine between the Adam step a row would cause and the target's gradient."""
+
+    type: Literal["less"] = "less"
+
+
+class TracinConfig(_WarmedConfig):
+    """TracIn: the inner product of a row's gradient and the target's."""
+
+    type: Literal["tracin"] = "tracin"
+
+
+class ShedConfig(MethodConfig):
+    """SHED: Shapley values of clusters, from tunings on the rows that stand for them."""
+
+    type: Literal["shed"] = "shed"
+    mode: Literal["standard", "shed-paper", "shed-release"] = Field(
+        "standard",
+        description="The others compute what the paper, or its released code, does; for comparison only.",
+    )
+    by: Literal["embedding", "source", "domain"] = Field(
+        "embedding", description="What a cluster is: rows near each other, or rows of one label."
+    )
+    players: int | None = Field(
+        None, ge=2, description="Clusters; default: a third of the budget, at most 3000, at least 8 rows each."
+    )
+    proxies: int | None = Field(
+        None, ge=1, description="Rows that stand for a cluster, nearest to its centroid first; default 1, of a label 32."
+    )
+    embedding: Embedding = Field(default_factory=HiddenEmbedding)
+    estimator: Estimator = Field("auto", description="Valuation method; see `honeloom methods valuation`.")
+    surrogate: Literal["in_run", "none"] | None = Field(
+        None,
+        description="Cheap values that the evaluations correct: first-order in-run Shapley of the proxies; default: "
+        "where the estimator takes them.",
+    )
+    stability: float | None = Field(
+        None, gt=0, lt=1, description="Stop before the budget once this share of the best clusters is expected to stay."
+    )
+    utility: UtilityConfig = Field(default_factory=UtilityConfig)
+    sampling: Literal["qwcs", "qocs"] = Field(
+        "qwcs", description="Draw clusters by the softmax of their values, or take them whole in order."
+    )
+    factor: float = Field(
+        3.0, ge=0, description="Of qwcs, on standardised values: 0 draws evenly, large takes the best only."
+    )
+    curves: int = Field(
+        4, ge=0, le=20, description="Points of the removal curves; each costs two evaluations of the budget."
+    )
+
+    def needs(self) -> frozenset[str]:
+        """The model."""
+        return MODEL
+
+    def uses(self) -> frozenset[str]:
+        """A target, or a part of the rows is held out; and a budget."""
+        return TARGET | BUDGET
+
+    @field_validator("estimator")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        name = value if isinstance(value, str) else value.get("type", "auto")
+        known = ["auto", *family("valuation").names()]
+        if name not in known:
+            raise ValueError(f"unknown valuation method {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+        return value
+
+
+class ScoresConfig(MethodConfig):
+    """Scores of an earlier selection, by the ids of the rows: no model is run."""
+
+    type: Literal["scores"] = "scores"
+    path: FileInput = Field(description="A scores.parquet.")
+
+
+def needs_of(embedding: Any) -> frozenset[str]:
+    """What an embedding needs beside the rows."""
+    return MODEL if isinstance(embedding, HiddenEmbedding) else frozenset()
+
 
 SelectMethod = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("selection", "random")]
-NEEDS_MODEL = frozenset({"length", "perplexity", "ifd"})
 Keep = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}]})]
+_MODEL_FOR = {"length": ": its tokenizer defines a token"}
 _KEEP = re.compile(r"^(\d+(?:\.\d+)?)(%|tok)?$")
 
 
@@ -70,6 +311,17 @@ class SelectConfig(RowsConfig):
     method: SelectMethod = Field(default_factory=RandomConfig)
     model: OptionalModelInput = Field(None, description="Scores the rows; its tokenizer counts tokens.")
     keep: Keep = Field("10%", description="A share of the usable rows (10%), a count (500) or tokens (200000tok).")
+    target: RowsInput = Field((), description="Rows like those the model is wanted for; none may be in rows.")
+    overlap: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="What to do about rows that repeat a row of the target: stop, or leave them out."
+    )
+    budget: int | None = Field(None, ge=4, description="Most evaluations of a utility (tune and score).")
+    workers: Annotated[int, NoResultMark()] = Field(
+        1, ge=1, description="Processes that evaluate at the same time; each holds a copy of the model."
+    )
+    ray: Annotated[str | None, NoResultMark()] = Field(
+        None, description="Evaluate on a Ray cluster: its address, or `local` to start one here (extra `ray`)."
+    )
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
     load_in: LoadIn = None
     attn: Attention = None
@@ -89,10 +341,16 @@ class SelectConfig(RowsConfig):
         return text
 
     @model_validator(mode="after")
-    def _has_model(self) -> SelectConfig:
-        if self.model is None and (self.method.type in NEEDS_MODEL or self.keep.endswith("tok")):
-            what = f"method {self.method.type!r}" if self.method.type in NEEDS_MODEL else f"keep {self.keep!r}"
-            raise ValueError(f"{what} needs a model (--model): its tokenizer defines a token")
+    def _fits(self) -> SelectConfig:
+        name, needs = self.method.type, self.method.needs()
+        if self.model is None and ("model" in needs or self.keep.endswith("tok")):
+            what = f"method {name!r}" if "model" in needs else f"keep {self.keep!r}"
+            raise ValueError(f"{what} needs a model (--model)" + _MODEL_FOR.get(name, ""))
+        if not self.target and "target" in needs:
+            raise ValueError(f"method {name!r} needs a target (--target ROWS): rows like those the model is wanted for")
+        for field in ("target", "budget"):
+            if getattr(self, field) and field not in needs | self.method.uses():
+                raise ValueError(f"method {name!r} uses no {field}; leave --{field} out, or choose another method")
         given = [name for name in ("load_in", "attn") if getattr(self, name) is not None]
         if self.model is None and given:
             raise ValueError(f"{' and '.join(given)} say how a model is loaded; give --model, or leave them out")

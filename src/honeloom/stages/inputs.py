@@ -134,8 +134,8 @@ class Resolver:
         return replace(self._found[key], place=field.place)
 
     def _look(self, field: InputField, here: Placed | None) -> ResolvedInput:
-        if field.kind == "folder":
-            return resolve_folder(field.value, field.place)
+        if field.kind in ("folder", "file"):
+            return (resolve_folder if field.kind == "folder" else resolve_file)(field.value, field.place)
         look = resolve_rows if field.kind == "rows" else resolve_model
         try:
             if here is None:
@@ -154,6 +154,14 @@ def resolve_folder(value: str, place: str) -> ResolvedInput:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     digest = combine_digests({p.relative_to(folder).as_posix(): sha256_file(p) for p in files})
     return ResolvedInput(place, "folder", value, (folder.resolve(),), digest, sum(p.stat().st_size for p in files))
+
+
+def resolve_file(value: str, place: str) -> ResolvedInput:
+    """Resolve one file, fingerprinted by its content."""
+    path = Path(os.path.expanduser(value))
+    if not path.is_file():
+        raise SourceError(f"{place} {value!r}: no such file")
+    return ResolvedInput(place, "file", value, (path.resolve(),), sha256_file(path), path.stat().st_size)
 
 
 def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:

@@ -25,19 +25,19 @@ __all__ = ["convert", "limit_text", "place_of", "preview", "scan", "tell_rejecte
 
 
 def scan(work: Work[Any], *, field: str = "rows", near_duplicates: float | None = None, dedup: bool = True) -> RowSet:
-    """Read a stage's rows with its limits, and tell what was rejected."""
+    """Read a stage's rows, and tell what was rejected; `limit` and `split` are not for a target."""
     config = work.config
     files = [f for i in work.rows(field) for f in i.files]
     rows = RowSet.scan(
         files,
-        limit=config.limit,
+        limit=None if field == "target" else config.limit,
         strict=config.strict,
         max_bad=config.max_bad,
         dedup=dedup,
         near_duplicates=near_duplicates,
     )
     tell_rejected(work, rows)
-    return rows if config.split is None else _part(rows, *config.split)
+    return rows if config.split is None or field == "target" else _part(rows, *config.split)
 
 
 def _part(rows: RowSet, start: float, stop: float) -> RowSet:

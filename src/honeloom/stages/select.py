@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.score import Scorer
+from honeloom.data.overlap import repeats
 from honeloom.data.rowset import RowSet
 from honeloom.data.sources import resolve_sources
 from honeloom.data.writer import write_rejected, write_selected
-from honeloom.errors import ConfigError, RowsError
+from honeloom.errors import RowsError
 from honeloom.registry import family
-from honeloom.selection.choose import take_best
+from honeloom.runs.journal import read_journal
+from honeloom.selection.choose import rows_to_keep, take_best
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.row_records import write_table
 from honeloom.stages.rows import limit_text, scan
+from honeloom.stages.select_ports import LEDGER, Ports
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.plans import Scores, SelectPlan
-from honeloom.types.ports import SelectionData
 from honeloom.types.report import Check, Metric
+from honeloom.types.rows import Rejected
 
 __all__ = ["execute"]
 
@@ -36,54 +41,70 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     """Run a selection."""
     config = work.config
     rows = scan(work, near_duplicates=config.near_duplicates)
-    scorer = _opener(work)
+    target = scan(work, field="target") if config.target else None
+    if target is not None:
+        rows = _without_target(work, rows, target)
+    ports = Ports(work)
     work.log.say(f"select: {config.method.type} over {len(rows)} rows")
     method = family("selection").load(config.method.type)
-    settings = config.method.model_dump(exclude={"type"})
-    scores: Scores = method(SelectionData(rows, scorer, config.seed), **settings)
-    plan = _choose(work, rows, scores, scorer)
-    _warn_unscored(work, scores, plan, scorer)
+    settings = {name: getattr(config.method, name) for name in type(config.method).model_fields if name != "type"}
+    amount, unit = config.keep_amount()
+    wanted = rows_to_keep(amount, unit, len(rows)) if unit != "tokens" else None
+    scores: Scores = method(ports.data(rows, target, wanted), **settings)
+    ports.close()
+    plan = _choose(work, rows, scores, ports.scorer)
+    _warn_unscored(work, scores, plan, ports.scorer)
     selected = write_selected(rows, plan.keep, work.dir)
     write_rejected(rows.rejected, work.dir / "rejected.parquet")
     _write_scores(work, rows, scores, plan)
-    write_table(work.dir / "clusters.parquet", {name: pa.array([], kind) for name, kind in CLUSTER_COLUMNS.items()})
-    (work.dir / "evaluations.jsonl").touch()  # the ledger of utility evaluations; these methods spend none
+    _write_clusters(work, scores)
+    (work.dir / LEDGER).touch()  # most methods evaluate no utility
     details = {
         "rows_in": rows.counts.rows_in,
         "rows_usable": len(rows),
         "rows_kept": len(plan.keep),
         "method": config.method.type,
         "evaluations": 0,
-        "noise": None,
-        "rejected": dict(rows.counts.rejected),
+        "noise": _noise(scores),
+        "rejected": dict(Counter(r.kind for r in rows.rejected)),
+        **{name: value for name, value in scores.details.items()},
     }
-    checks = _verify(work, rows, plan, selected.name)
+    checks = _verify(work, rows, plan, selected.name, details)
     kept = Metric("rows_kept", len(plan.keep), len(rows), "rows", True, None, "all")
     return Outcome("rows", selected.name, (kept,), checks, details)
 
 
-def _opener(work: Work[SelectConfig]) -> Callable[[], Scorer]:
-    """Load the model once, and only if the method asks for it."""
-    held: list[Scorer] = []
+def _without_target(work: Work[SelectConfig], rows: RowSet, target: RowSet) -> RowSet:
+    """Refuse, or leave out, rows that repeat a row of the target: their value would be a mirage.
 
-    def open_model() -> Scorer:
-        if not held:
-            if "model" not in work.inputs:
-                raise ConfigError(f"method {work.config.method.type!r} needs a model (--model)")
-            config, found = work.config, work.inputs["model"]
-            held.append(
-                Scorer.open(
-                    found.paths[0],
-                    base=found.base,
-                    loading=Loading.of(config, spread=True),
-                    batch_size=config.batch_size,
-                    max_length=config.max_length,
-                    progress=work.log.track,
-                )
-            )
-        return held[0]
+    Raises
+    ------
+    RowsError
+        There are such rows, and `overlap` is refuse; or no others.
+    """
+    found = list(repeats(work.log.track(target, "read the target", len(target)), rows))
+    if not found:
+        return rows
+    place, row, what = found[0]
+    told = f"{len(found)} of {len(rows)} rows repeat a row of the target (first {row.where}: {what})"
+    if work.config.overlap == "refuse":
+        raise RowsError(
+            f"{told}; what is valued by the target must not hold it: give other target rows, or leave these rows out "
+            "of the choice with --overlap leave_out"
+        )
+    work.log.warn(f"{told}; they are left out")
+    out = {place for place, _, _ in found}
+    if len(out) == len(rows):
+        raise RowsError(f"all {len(rows)} rows repeat a row of the target, so none is left to choose; give other rows")
+    rejected = [Rejected(row.where, f"repeats {what} of a target row", row.id, "target_overlap")
+                for _, row, what in found]  # fmt: skip
+    return replace(rows.take(i for i in range(len(rows)) if i not in out), rejected=[*rows.rejected, *rejected])
 
-    return open_model
+
+def _noise(scores: Scores) -> dict[str, Any] | None:
+    if scores.noise is None:
+        return None
+    return {**asdict(scores.noise), "resolvable": scores.resolvable}
 
 
 def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Callable[[], Scorer]) -> SelectPlan:
@@ -106,7 +127,7 @@ def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Call
 
 
 def _warn_unscored(work: Work[SelectConfig], scores: Scores, plan: SelectPlan, scorer: Callable[[], Scorer]) -> None:
-    missing = sum(1 for v in scores.value if v == -math.inf)
+    missing = sum(1 for v in scores.value if v == -math.inf) - sum((scores.columns or {}).get("held_out", ()))
     if missing:
         kept = sum(1 for i in plan.keep if scores.value[i] == -math.inf)
         work.log.warn(f"{missing} rows could not be scored; they come last, and {kept} of them are kept")
@@ -132,15 +153,41 @@ def _write_scores(work: Work[SelectConfig], rows: RowSet, scores: Scores, plan: 
         "domain": rows.domains,
         **{name: list(values) for name, values in (scores.columns or {}).items()},
     }
+    if scores.order is not None:
+        rank = np.empty(len(rows), dtype=np.int64)
+        rank[np.array(scores.order)] = np.arange(len(rows))
+        columns["rank"] = rank
     write_table(work.dir / "scores.parquet", columns)
 
 
-def _verify(work: Work[SelectConfig], rows: RowSet, plan: SelectPlan, name: str) -> tuple[Check, ...]:
-    """Read the written file back and compare it with the plan."""
+def _write_clusters(work: Work[SelectConfig], scores: Scores) -> None:
+    columns = {name: pa.array([], kind) for name, kind in CLUSTER_COLUMNS.items()}
+    if scores.clusters is not None:
+        length = len(scores.clusters["cluster"])
+        given = {name: list(values) for name, values in scores.clusters.items()}
+        columns = {
+            **{name: pa.array(given.get(name, [None] * length), kind) for name, kind in CLUSTER_COLUMNS.items()},
+            **{name: pa.array(values) for name, values in given.items() if name not in CLUSTER_COLUMNS},
+        }
+    write_table(work.dir / "clusters.parquet", columns)
+
+
+def _verify(
+    work: Work[SelectConfig], rows: RowSet, plan: SelectPlan, name: str, details: dict[str, Any]
+) -> tuple[Check, ...]:
+    """Read the written files back and compare them with the plan and the budget."""
     back = RowSet.scan(resolve_sources([str(work.dir / name)]))
     wanted = [rows.ids[i] for i in plan.keep]
-    return (
+    checks = [
         Check(
             "the file holds exactly the chosen rows, in the input's order", len(back), len(wanted), back.ids == wanted
-        ),
-    )
+        )
+    ]
+    if spent := details["evaluations"]:
+        budget = details["budget"]
+        checks.append(Check("the budget is kept: evaluations", spent, budget, spent <= budget))
+        recorded = sum(1 for _ in read_journal(work.dir / LEDGER))
+        checks.append(
+            Check("the ledger holds what was evaluated, each once: records", recorded, spent, 0 < recorded <= spent)
+        )
+    return tuple(checks)

@@ -35,7 +35,10 @@ class Scores:
     `stderr` and `count` are None where the method defines none; a standard error that is not
     known is infinite. `columns` are further per-player numbers of the method, by column name.
     `resolvable` says whether the values can rank the players at all, and is None where that
-    is no question; `noise` is what was measured beforehand.
+    is no question; `noise` is what was measured beforehand. `order` lists all players as they
+    are to be taken, where that is not the order of the values. `clusters` are columns of a
+    table of clusters, `cluster` and `value` among them; the column `cluster` says in which one
+    a row is. `details` is what a report should say beside.
     """
 
     value: tuple[float, ...]
@@ -46,6 +49,9 @@ class Scores:
     columns: Mapping[str, Sequence[Any]] | None = None
     resolvable: bool | None = None
     noise: Noise | None = None
+    order: Sequence[int] | None = None
+    clusters: Mapping[str, Sequence[Any]] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.value)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from honeloom.errors import ConfigError
 from honeloom.types.rows import Row
 
-__all__ = ["LossPort", "RowLossLike", "RowTable", "SelectionData"]
+__all__ = ["EmbedPort", "GradientPort", "LossPort", "RowLossLike", "RowTable", "SelectionData", "UtilityPort"]
+
+Vectors = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
 
 
 class RowLossLike(Protocol):
@@ -58,10 +67,70 @@ class RowTable(Protocol):
         """Stream the rows."""
 
 
+class EmbedPort(Protocol):
+    """Turns rows into vectors."""
+
+    def __call__(self, rows: RowTable, how: Any) -> Vectors:
+        """Vectors (N, d), maybe a memory map; a row that has none is NaN. `how` is an `Embedding`."""
+
+
+class GradientPort(Protocol):
+    """A model with small trainable adapters, and what its loss would have every row change in them.
+
+    The loss of a row is its mean per scored token. Rows without a scored token give NaN.
+    """
+
+    def reset(self) -> None:
+        """Put the adapters back where they began, bit for bit."""
+
+    def train(self, rows: Sequence[Row], *, lr: float) -> None:
+        """One optimizer step on the mean loss of these rows."""
+
+    def alignments(self, rows: Sequence[Row], target: Sequence[Row]) -> Values:
+        """Inner products (n,) of the rows' gradients with the mean gradient of the target rows, at present weights."""
+
+    def sketches(self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False) -> Vectors:
+        """Random projections (n, size) of the rows' gradients, or of the steps Adam would take with them.
+
+        Inner products are kept in expectation over `seed`.
+        """
+
+
+class UtilityPort(Protocol):
+    """What a set of players is worth as training rows.
+
+    `fingerprint` stands for everything the numbers depend on.
+    """
+
+    fingerprint: str
+
+    def __call__(self, coalition: frozenset[int]) -> float:
+        """Value of a set of players."""
+
+    def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
+        """The same, with the random numbers of the `repeat`-th time (from 0)."""
+
+
+def _absent(what: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(f"{what} needs a model; give one (--model)")
+
+    return refuse
+
+
+def _nothing_kept(fingerprint: str, budget: int) -> AbstractContextManager[tuple[Any, Any]]:
+    return nullcontext((None, None))
+
+
+def _silent(text: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
 class SelectionData:
     """What a selector works on.
 
-    Parameters
+    Attributes
     ----------
     rows : RowTable
         The usable rows.
@@ -69,9 +138,35 @@ class SelectionData:
         Returns the model's port, loading it on first use; raises if no model was given.
     seed : int
         For methods that draw.
+    target : RowTable or None
+        Rows of what the model is wanted for.
+    budget : int or None
+        Most evaluations of a utility; None leaves it to the method.
+    wanted : int or None
+        How many rows will be kept, where that is known: a method may stop ordering rows there.
+    embed : EmbedPort
+        Turns rows into vectors.
+    open_gradients : callable
+        (rank) -> GradientPort, on LoRA adapters of that rank drawn from the seed.
+    open_utility : callable
+        (players, names, target rows, `UtilityConfig`) -> UtilityPort: tune on the players' rows,
+        score the target.
+    open_evaluations : callable
+        (fingerprint, budget) -> context of a `Ledger` and an `Executor`; both None: nothing is
+        kept, and this process evaluates.
+    say, warn : callable
+        Told what a person may want to know, and must know.
     """
 
-    def __init__(self, rows: RowTable, open_model: Callable[[], LossPort], seed: int) -> None:
-        self.rows = rows
-        self.open_model = open_model
-        self.seed = seed
+    rows: RowTable
+    open_model: Callable[[], LossPort]
+    seed: int
+    target: RowTable | None = None
+    budget: int | None = None
+    wanted: int | None = None
+    embed: EmbedPort = _absent("an embedding")
+    open_gradients: Callable[[int], GradientPort] = _absent("a gradient")
+    open_utility: Callable[..., UtilityPort] = _absent("a utility")
+    open_evaluations: Callable[[str, int], AbstractContextManager[tuple[Any, Any]]] = _nothing_kept
+    say: Callable[[str], None] = _silent
+    warn: Callable[[str], None] = _silent

@@ -8,7 +8,9 @@ from typing import Literal
 __all__ = ["RejectKind", "Rejected", "Row", "RowKind", "Turn", "Where"]
 
 RowKind = Literal["chat", "text", "choice"]
-RejectKind = Literal["unreadable", "schema", "empty", "characters", "duplicate_id", "exact_duplicate", "near_duplicate"]
+RejectKind = Literal[
+    "unreadable", "schema", "empty", "characters", "duplicate_id", "exact_duplicate", "near_duplicate", "target_overlap"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +92,4 @@ class Rejected:
     @property
     def is_duplicate(self) -> bool:
         """Whether the row is sound and only repeats another: such rows are not counted as bad."""
-        return self.kind in ("exact_duplicate", "near_duplicate")
+        return self.kind in ("exact_duplicate", "near_duplicate", "target_overlap")

@@ -84,7 +84,8 @@ def estimate(
     -------
     Scores
         `value` and `stderr` in units of the utility, `count` of evaluations or marginals per
-        player, `resolvable`, `noise`; `method` is the one that was used.
+        player, `resolvable`, `noise`; `method` is the one that was used. `details` has the
+        number of `evaluations` and of those that `failed`, and v(`empty`) and v(N), `full`.
 
     Raises
     ------
@@ -113,7 +114,7 @@ def estimate(
     config = config or _choose(game)
     _warn_unresolvable(game, noise, config)
     found = family("valuation").load(config.type)(game, **config.model_dump(exclude={"type"}))
-    return _scores(found, config.type, noise)
+    return _scores(found, config.type, noise, game)
 
 
 def _config(method: str | Mapping[str, Any] | MethodConfig) -> MethodConfig | None:
@@ -197,7 +198,7 @@ def _warn_unresolvable(game: Game, noise: Noise, config: MethodConfig) -> None:
     )
 
 
-def _scores(found: Estimate, method: str, noise: Noise) -> Scores:
+def _scores(found: Estimate, method: str, noise: Noise, game: Game) -> Scores:
     rho = achieved_rho(found)
     rho = noise.predicted_rho if rho is None else rho
     return Scores(
@@ -208,4 +209,5 @@ def _scores(found: Estimate, method: str, noise: Noise) -> Scores:
         count=tuple(found.count.tolist()),
         resolvable=None if rho is None else rho >= RESOLVABLE,
         noise=noise,
+        details={"evaluations": game.spent, "failed": game.failed, "empty": game.empty, "full": game.full},
     )

@@ -46,8 +46,9 @@ class Embedder:
 
     @classmethod
     def open(
-        cls, path: Path, *, layer: float, loading: Loading, batch_size: int, max_length: int | None = None
-    ) -> Embedder:
+        cls, path: Path, *, base: Path | None = None, layer: float, loading: Loading, batch_size: int,
+        max_length: int | None = None,
+    ) -> Embedder:  # fmt: skip
         """Load model and tokenizer; `layer` is a depth from 0, the embedding, to 1, the last layer's output.
 
         Raises
@@ -55,10 +56,10 @@ class Embedder:
         SourceError
             The folder has no tokenizer.
         """
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, base=base)
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be embedded; add tokenizer.json to the folder")
-        model = load_model(path, loading=loading)
+        model = load_model(path, base=base, loading=loading)
         layers = model.config.get_text_config().num_hidden_layers
         encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length))
         return cls(model, encoder, round(layer * layers) - 1, batch_size)

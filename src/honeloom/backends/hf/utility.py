@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from honeloom.backends.hf.chat import Encoded
+import torch
+
+from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import (
     build_optimizer,
     build_schedule,
@@ -14,11 +22,68 @@ from honeloom.backends.hf.local_steps import (
     trainable_state,
 )
 from honeloom.backends.hf.score import Scorer
+from honeloom.backends.hf.tune import add_lora
+from honeloom.data.formats import content_digest
+from honeloom.errors import SourceError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.tuning.config import AdamWConfig
 from honeloom.types.rows import Row
 
-__all__ = ["TuningUtility"]
+__all__ = ["TunableModel", "TuningUtility"]
+
+VERSION = 1
+"""Raised when the numbers of a utility change, so that a ledger does not mix them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunableModel:
+    """How to open a model with fresh LoRA adapters, here or in another process.
+
+    Attributes
+    ----------
+    path, base : Path
+        Of the model; `base` where `path` is an adapter.
+    digest : str
+        Of its content.
+    loading : Loading
+        Device and number type.
+    rank : int
+        Of the adapters, on every linear layer.
+    seed : int
+        Of their first weights.
+    batch_size : int
+        Rows per forward pass when scoring.
+    max_length : int or None
+        Tokens per row.
+    """
+
+    path: Path
+    base: Path | None
+    digest: str
+    loading: Loading
+    rank: int
+    seed: int
+    batch_size: int
+    max_length: int | None
+
+    def open(self) -> Scorer:
+        """Load it; SourceError if the folder has no tokenizer."""
+        tokenizer = load_tokenizer(self.path, base=self.base)
+        if tokenizer is None:
+            raise SourceError(f"{self.path}: no tokenizer, so rows cannot be read by it; add tokenizer.json")
+        model = load_model(self.path, base=self.base, loading=self.loading)
+        limit = token_limit(model.config, tokenizer, self.max_length)
+        if self.base is not None:  # an adapter becomes a part of the model that is tuned
+            model = model.merge_and_unload()
+        tuned = add_lora(
+            model, rank=self.rank, alpha=None, dropout=0.0, targets="all-linear", rslora=False, seed=self.seed
+        )
+        return Scorer(tuned.eval(), Encoder(tokenizer, limit, train=True), self.batch_size)
+
+    def describe(self) -> Mapping[str, Any]:
+        """What its numbers depend on."""
+        loading = {k: v for k, v in asdict(self.loading).items() if k != "spread"}
+        return {"model": self.digest, **loading, "rank": self.rank, "seed": self.seed, "max_length": self.max_length}
 
 
 class TuningUtility:
@@ -26,13 +91,17 @@ class TuningUtility:
 
     The model stays resident and its trained weights are put back bit by bit, so every evaluation
     begins alike. The order of the rows and the development set are the same in all of them
-    (common random numbers): a difference of two values is a difference of rows.
+    (common random numbers): a difference of two values is a difference of rows. A repeated
+    evaluation draws another order. On a CPU an evaluation uses one thread, so that its bits do
+    not depend on how many run side by side.
+
+    It can be sent to other processes, each of which then loads the model for itself.
 
     Parameters
     ----------
-    scorer : Scorer
-        Its model has trainable parameters, for example LoRA's.
-    players : sequence of sequence of Encoded
+    model : TunableModel
+        What is tuned.
+    players : sequence of sequence of Row
         Rows of every player.
     names : sequence of str
         Of the players: the order of rows follows from them and the seed.
@@ -50,39 +119,85 @@ class TuningUtility:
     """
 
     def __init__(
-        self, scorer: Scorer, players: Sequence[Sequence[Encoded]], names: Sequence[str], dev: Sequence[Row], *,
+        self, model: TunableModel, players: Sequence[Sequence[Row]], names: Sequence[str], dev: Sequence[Row], *,
         steps: int, batch_size: int, lr: float, score: Literal["loss", "accuracy"], seed: int,
     ) -> None:  # fmt: skip
-        self.scorer = scorer
+        self.model = model
         self.players = players
+        self.names = names
         self.dev = dev
         self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
         self.score = score
-        draws = keyed_uniform(seed, "utility/order", names)
-        self._place = dict(enumerate(draws.tolist()))
-        self._start = trainable_state(scorer.model)
+        self.seed = seed
+        self.fingerprint = self._digest()
+        self._held: tuple[Scorer, dict[str, torch.Tensor], list[list[Encoded]]] | None = None
 
-    def __call__(self, players: frozenset[int]) -> float:
+    def __call__(self, coalition: frozenset[int]) -> float:
         """Value of a set of players; of none, the score of the model as it is."""
-        restore_trainable(self.scorer.model, self._start)
-        rows = [row for p in sorted(players, key=lambda p: (self._place[p], p)) for row in self.players[p]]
-        if rows:
-            self._tune(rows)
-        return self._measure()
+        return self.evaluate(coalition, 0)
 
-    def _tune(self, rows: Sequence[Encoded]) -> None:
-        optimizer = build_optimizer(self.scorer.model, AdamWConfig(), self.lr)
+    def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
+        """The same, with the order of rows that the `repeat`-th evaluation draws."""
+        scorer, start, encoded = self._open()
+        draws = keyed_uniform(self.seed, f"utility/order/{repeat}", self.names)
+        with _one_thread(scorer.model.device):
+            restore_trainable(scorer.model, start)
+            rows = [row for p in sorted(coalition, key=lambda p: (draws[p], p)) for row in encoded[p]]
+            if rows:
+                self._tune(scorer, rows)
+            return self._measure(scorer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def _open(self) -> tuple[Scorer, dict[str, torch.Tensor], list[list[Encoded]]]:
+        if self._held is None:
+            scorer = self.model.open()
+            encoded = [[e for row in rows if (e := _encode(scorer, row))] for rows in self.players]
+            self._held = scorer, trainable_state(scorer.model), encoded
+        return self._held
+
+    def _tune(self, scorer: Scorer, rows: Sequence[Encoded]) -> None:
+        optimizer = build_optimizer(scorer.model, AdamWConfig(), self.lr)
         schedule = build_schedule(optimizer, "linear", self.steps, 0.0)
         wanted = self.steps * self.batch_size
         order = [rows[i % len(rows)] for i in range(wanted)]
         batches = [[order[s : s + self.batch_size]] for s in range(0, wanted, self.batch_size)]
-        local_steps(self.scorer.model, batches, optimizer, schedule)
+        local_steps(scorer.model, batches, optimizer, schedule)
 
-    def _measure(self) -> float:
+    def _measure(self, scorer: Scorer) -> float:
         if self.score == "accuracy":
-            right = [c.best(per_char=True) == row.answer for row, c in self.scorer.choices(self.dev)]
+            right = [c.best(per_char=True) == row.answer for row, c in scorer.choices(self.dev)]
             return sum(right) / len(right)
-        losses = [loss for _, loss in self.scorer.losses(self.dev)]
+        losses = [loss for _, loss in scorer.losses(self.dev)]
         return -sum(x.loss_sum for x in losses) / sum(x.tokens for x in losses)
+
+    def _digest(self) -> str:
+        settings = {
+            "version": VERSION, **self.model.describe(), "steps": self.steps, "rows_per_step": self.batch_size,
+            "lr": self.lr, "score": self.score, "order": self.seed, "names": list(self.names),
+            "players": [[content_digest(row).hex() for row in rows] for rows in self.players],
+            "dev": [content_digest(row).hex() for row in self.dev],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _encode(scorer: Scorer, row: Row) -> Encoded | None:
+    try:
+        encoded = scorer.encoder.encode_choices(row)[row.answer] if row.kind == "choice" else scorer.encoder.encode(row)
+    except UnrenderableRow:
+        return None
+    return encoded if encoded.targets else None
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,341 @@
+"""Gradients of single rows with respect to LoRA adapters, from one backward pass per batch.
+
+The gradient of a linear layer's weight is a sum over tokens of outer products of the output's
+gradient and the input. Hooks see both for all rows of a batch at once, so a row's inner product
+with a given direction, its gradient, or a projection of it needs no backward pass of its own
+("ghost" products: Wang et al. 2025, arXiv:2406.11011, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from honeloom.backends.devices import memory_guard
+from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
+from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.local_steps import build_optimizer, restore_trainable, trainable_state
+from honeloom.backends.hf.score import WINDOW, Progress, pad_batch, windows
+from honeloom.backends.hf.tune import add_lora
+from honeloom.errors import ConfigError, NotFiniteError, RowsError, SourceError
+from honeloom.ops.noise import rademacher, uniform
+from honeloom.tuning.config import AdamWConfig
+from honeloom.types.rows import Row
+
+__all__ = ["RowGradients", "rolled_signs", "sketch"]
+
+Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
+MAX_GRAD_NORM = 1.0
+"""Of a step, as in `local_steps`."""
+
+
+def _no_progress(rows: Iterable[Row], label: str, total: int | None) -> Iterable[Row]:
+    return rows
+
+
+class RowGradients:
+    """A model with LoRA adapters on every linear layer, and the gradients of rows with respect to them.
+
+    The loss of a row is the mean over its scored tokens. The model stays in evaluation mode, so
+    nothing is dropped out. The adapters' B is zero at the start: there the gradient of A is zero,
+    and inner products are those of B alone, which sees the inputs through the random A. They
+    are a random projection of the full gradients' products, not zero; A joins after one step.
+
+    Parameters
+    ----------
+    model : peft model
+        Only linear layers of adapters are trainable.
+    encoder : Encoder
+        Renders the rows, as for training.
+    batch_size : int
+        Rows per forward and backward pass.
+    progress : callable, optional
+        Wraps the rows to show progress, as `Log.track`.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder, batch_size: int, progress: Progress = _no_progress) -> None:
+        self.model = model.eval()
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.progress = progress
+        self._linears: dict[str, torch.nn.Linear] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
+        }
+        self._start = trainable_state(model)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._direction: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        base: Path | None = None,
+        loading: Loading | None = None,
+        rank: int = 8,
+        seed: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        progress: Progress | None = None,
+    ) -> RowGradients:
+        """Load model and tokenizer and add adapters of `rank`, drawn from `seed`; an adapter is merged first.
+
+        Raises
+        ------
+        SourceError
+            The folder has no tokenizer.
+        """
+        tokenizer = load_tokenizer(path, base=base)
+        if tokenizer is None:
+            raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
+        model = load_model(path, base=base, loading=loading)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length), train=True)
+        adapted = add_lora(
+            model.requires_grad_(False), rank=rank, alpha=None, dropout=0.0, targets="all-linear", rslora=False,
+            seed=seed,
+        )  # fmt: skip
+        return cls(adapted, encoder, batch_size, progress or _no_progress)
+
+    def reset(self) -> None:
+        """Put the adapters back where they began, bit for bit; optimizer and direction are forgotten."""
+        restore_trainable(self.model, self._start)
+        self._optimizer = None
+        self._direction = {}
+
+    def aim(self, target: Sequence[Row]) -> None:
+        """Hold the mean gradient of these rows at the present weights, for `train` and `alignments`.
+
+        Raises
+        ------
+        RowsError
+            None of them has a scored token.
+        """
+        self._zero_grad()
+        count = sum(self._backward(batch) for _, batch in self._batches(target))
+        if not count:
+            raise RowsError(f"none of the {len(target)} target rows has a scored token; give rows with answers")
+        self._direction = {name: linear.weight.grad / count for name, linear in self._linears.items()}  # type: ignore[operator]
+        self._zero_grad()
+
+    def train(self, rows: Sequence[Row], *, lr: float) -> npt.NDArray[np.float64]:
+        """One AdamW step on the mean of the rows' losses.
+
+        Returns
+        -------
+        ndarray
+            Shape (n,): inner product of every row's gradient, before the step, with the direction
+            that `aim` holds; zero without one, NaN for rows without a scored token.
+        """
+        if self._optimizer is None:
+            self._optimizer = build_optimizer(self.model, AdamWConfig(), lr)
+        found = self.alignments(rows, keep=True)
+        count = int(np.isfinite(found).sum())
+        if count:
+            weights = [linear.weight for linear in self._linears.values()]
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.div_(count)
+            torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._zero_grad()
+        return found
+
+    def alignments(self, rows: Sequence[Row], *, keep: bool = False) -> npt.NDArray[np.float64]:
+        """Inner products (n,) of the rows' gradients with the direction that `aim` holds.
+
+        Parameters
+        ----------
+        rows : sequence of Row
+            Those without a scored token give NaN.
+        keep : bool
+            Leave the sum of the gradients in the weights' `grad`.
+        """
+        found = np.full(len(rows), np.nan)
+        self._zero_grad()
+        for places, batch in self._batches(rows):
+            sums = torch.zeros(len(batch), dtype=torch.float64)
+
+            def observe(name: str, x: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor = sums) -> None:
+                if self._direction:
+                    sums += _inner(x, grad, self._direction[name]).double().cpu()
+
+            with self._watched(len(batch), observe):
+                self._backward(batch)
+            found[places] = sums.numpy()
+        if not keep:
+            self._zero_grad()
+        return found
+
+    def sketches(
+        self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Random projections (n, size) of the rows' gradients at the present weights.
+
+        Parameters
+        ----------
+        rows : sequence of Row
+            Those without a scored token give NaN.
+        size : int
+            Numbers per row. An inner product of two sketches has the gradients' own as its mean
+            over `seed`, with a standard deviation of at most sqrt(2 / size) times their norms.
+        seed : int
+            Of the projection.
+        as_adam : bool
+            Of the steps that Adam would take with each row's gradient instead: its moments after
+            the training so far, updated by that row alone (LESS, arXiv:2402.04333, section 2.2).
+        """
+        found = np.full((len(rows), size), np.nan, dtype=np.float32)
+        for places, batch in self._batches(rows):
+            total = torch.zeros(len(batch), size)
+            seen: set[str] = set()
+
+            def observe(
+                name: str, x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor = total, seen: set[str] = seen
+            ) -> None:
+                if as_adam and name in seen:
+                    raise ConfigError(f"{name} runs more than once per forward pass, so a row's Adam step is not known")
+                seen.add(name)
+                gradient = torch.einsum("bto,bti->boi", grad, x)
+                step = self._adam_step(name, gradient) if as_adam else gradient
+                total += sketch(step.flatten(1), size, seed, name).cpu()
+
+            with self._watched(len(batch), observe):
+                self._backward(batch)
+            found[places] = total.numpy()
+        self._zero_grad()
+        return found
+
+    def _adam_step(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """What Adam would subtract, over lr, if the next gradient were this row's: (B, out, in) -> the same."""
+        settings, weight = AdamWConfig(), self._linears[name].weight
+        state = self._optimizer.state.get(weight, {}) if self._optimizer else {}
+        step = int(state["step"]) + 1 if state else 1
+        first, second = (state["exp_avg"], state["exp_avg_sq"]) if state else (0.0, 0.0)
+        mean = settings.beta1 * first + (1 - settings.beta1) * gradient
+        square = settings.beta2 * second + (1 - settings.beta2) * gradient**2
+        return (mean / (1 - settings.beta1**step)) / ((square / (1 - settings.beta2**step)).sqrt() + settings.eps)
+
+    def _batches(self, rows: Iterable[Row]) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Places and encodings of rows of similar length that can be scored, `batch_size` at a time."""
+        for window in windows(enumerate(map(self._encode, rows)), self.batch_size * WINDOW):
+            usable = sorted(((i, e) for i, e in window if e is not None), key=lambda pair: (-len(pair[1].ids), pair[0]))
+            for start in range(0, len(usable), self.batch_size):
+                picked = usable[start : start + self.batch_size]
+                yield [i for i, _ in picked], [e for _, e in picked]
+
+    def _encode(self, row: Row) -> Encoded | None:
+        try:
+            choice = row.kind == "choice"
+            encoded = self.encoder.encode_choices(row)[row.answer] if choice else self.encoder.encode(row)
+        except UnrenderableRow:
+            return None
+        return encoded if encoded.targets else None
+
+    def _backward(self, batch: Sequence[Encoded]) -> int:
+        """Add the gradient of the sum of the rows' losses to the weights' `grad`; return the number of rows."""
+        doing = f"taking gradients of {len(batch)} rows of up to {max(len(e.ids) for e in batch)} tokens"
+        fewer = [f"--batch-size {self.batch_size // 2}"] if self.batch_size > 1 else []
+        with memory_guard(self.model.device, doing, [*fewer, f"--max-length {self.encoder.max_length // 2}"]):
+            # Padding stands to the right of a causal model's tokens, so no mask is needed.
+            ids, _, labels = pad_batch(batch, self.model.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            targets = labels[:, 1:].to(logits.device)
+            scored = targets != -100
+            weight = (scored / scored.sum(dim=1, keepdim=True))[scored]
+            losses = functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
+            loss = (losses * weight).sum()
+            if not torch.isfinite(loss):
+                raise NotFiniteError("the model's loss is NaN or infinite; lower lr or use --dtype fp32")
+            loss.backward()
+        return len(batch)
+
+    def _zero_grad(self) -> None:
+        for linear in self._linears.values():
+            linear.weight.grad = None
+
+    @contextmanager
+    def _watched(self, rows: int, observe: Observer) -> Iterator[None]:
+        """Show every adapter layer's input and the gradient of its output, each (rows, T, features), in backward."""
+
+        def keeper(name: str) -> Callable[[Any, Any, torch.Tensor], None]:
+            def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+                x = _by_row(args[0].detach(), rows, name)
+                output.register_hook(lambda grad: observe(name, x, _by_row(grad, rows, name)))
+
+            return keep
+
+        handles = [linear.register_forward_hook(keeper(name)) for name, linear in self._linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _by_row(states: torch.Tensor, rows: int, name: str) -> torch.Tensor:
+    """States as float32 (rows, T, features); experts see tokens of all rows mixed, which only one row survives."""
+    if rows == 1:
+        return states.reshape(1, -1, states.shape[-1]).float()
+    if states.ndim != 3 or states.shape[0] != rows:
+        raise ConfigError(
+            f"{name} gets tokens of shape {tuple(states.shape)} and not row by row, so their rows are not known; "
+            "use --batch-size 1"
+        )
+    return states.float()
+
+
+def _inner(x: torch.Tensor, grad: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """<sum_t grad_t x_t^T, direction> of every row: (B, T, in), (B, T, out), (out, in) -> (B,)."""
+    out, width = direction.shape
+    product = functional.linear(x, direction) * grad if out <= width else (grad @ direction) * x
+    return product.sum(dim=(1, 2))
+
+
+def rolled_signs(count: int, size: int, seed: int, name: str, device: torch.device) -> tuple[Any, Any]:
+    """The projection of `count` numbers to `size`: signs (count,) int8, and a shift for every block of `size`."""
+    signs = rademacher(seed, f"sketch/{name}/sign", count, dtype=torch.int8, device=device)
+    blocks = -(-count // size)
+    shifts = (uniform(seed, f"sketch/{name}/shift", blocks) * size).long().to(device)
+    return signs, shifts
+
+
+def sketch(values: torch.Tensor, size: int, seed: int, name: str) -> torch.Tensor:
+    """Count sketch (a Johnson-Lindenstrauss map with one non-zero per column): (B, n) -> (B, size).
+
+    Every number gets a random sign and is added to one of `size` places. Places follow a random
+    rotation of each block of `size` numbers: two numbers meet with probability at most 1 / size,
+    as with independent places, and sums need no atomic operations, so they have the same bits
+    every time.
+
+    Parameters
+    ----------
+    values : Tensor
+        Shape (B, n).
+    size : int
+        Numbers to keep.
+    seed, name
+        Of the projection; vectors under different names are independent, and sum to the sketch
+        of their concatenation.
+
+    References
+    ----------
+    Charikar et al. 2002, doi:10.1007/3-540-45465-9_59; Weinberger et al. 2009, arXiv:0902.2206.
+    """
+    signs, shifts = rolled_signs(values.shape[1], size, seed, name, values.device)
+    signed = functional.pad(values * signs, (0, len(shifts) * size - values.shape[1]))
+    place = (torch.arange(size, device=values.device) - shifts[:, None]) % size
+    blocks = signed.view(len(values), len(shifts), size)
+    return blocks.gather(2, place.expand(len(values), -1, -1)).sum(dim=1)

@@ -1,0 +1,102 @@
+"""First-order in-run Shapley values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from honeloom.ops.noise import keyed_uniform
+from honeloom.types.plans import Scores
+from honeloom.types.ports import GradientPort, RowTable, SelectionData
+from honeloom.types.rows import Row
+
+__all__ = ["draw", "first_order_values", "in_run"]
+
+Values = npt.NDArray[np.float64]
+
+
+def draw(rows: RowTable, count: int, *, seed: int, name: str) -> list[Row]:
+    """At most `count` rows drawn by seed and row id, whatever the order of the rows; in the order of the draw."""
+    ids = rows.ids
+    keys = dict(zip(ids, keyed_uniform(seed, name, ids).tolist(), strict=True))
+    return sorted(rows, key=lambda row: (keys[row.id], row.id))[:count]
+
+
+def first_order_values(
+    port: GradientPort, rows: Sequence[Row], target: Sequence[Row], *, epochs: int, batch_size: int, lr: float,
+    seed: int,
+) -> Values:  # fmt: skip
+    """What every row does for the target's loss along one tuning, to first order.
+
+    A step with rate lr on the mean loss of a batch B lowers the target's loss by about
+    lr <mean gradient of B, gradient of the target>. That is a sum over rows, so the Shapley value
+    of row i in the step is its term, lr <g_i, g_target> / |B|; values add up over steps, and
+    every row is in `epochs` of them.
+
+    The target's gradient is taken over all its rows, and anew only once every
+    ceil(len(target) / batch_size) steps, so that it costs what the training costs: two runs in all.
+
+    Parameters
+    ----------
+    port : GradientPort
+        Is reset first.
+    rows, target : sequence of Row
+        Those trained on, and those whose loss counts.
+    epochs : int
+        Passes over the rows, each in an order drawn by seed and row id.
+    batch_size : int
+        Rows per step.
+    lr : float
+        Learning rate of AdamW, falling linearly to zero.
+    seed : int
+        Of the orders.
+
+    Returns
+    -------
+    ndarray
+        Shape (n,): nats per token by which the row lowers the target's mean loss; NaN for rows
+        without a scored token.
+
+    References
+    ----------
+    Wang et al. 2025, arXiv:2406.11011, section 3 (first order; derived for SGD, applied along Adam).
+    """
+    port.reset()
+    batches = _batches([row.id for row in rows], epochs, batch_size, seed)
+    again = math.ceil(len(target) / batch_size)
+    values = np.zeros(len(rows))
+    for step, batch in enumerate(batches):
+        if step % again == 0:
+            port.aim(target)
+        rate = lr * (1 - step / len(batches))
+        values[batch] += rate * port.train([rows[i] for i in batch], lr=rate) / len(batch)
+    return values
+
+
+def _batches(ids: Sequence[str], epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Places of the rows of every step."""
+    found = []
+    for epoch in range(epochs):
+        keys = keyed_uniform(seed, f"in_run/epoch/{epoch}", ids)
+        order = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]))
+        found += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return found
+
+
+def in_run(data: SelectionData, *, epochs: int, batch_size: int, lr: float, rank: int, target_rows: int) -> Scores:
+    """Score by what the row does for the target's loss along one tuning of LoRA adapters on all rows.
+
+    References
+    ----------
+    Wang et al. 2025, arXiv:2406.11011 (Data Shapley in One Training Run).
+    """
+    assert data.target is not None  # the settings have seen to it
+    target = draw(data.target, target_rows, seed=data.seed, name="in_run/target")
+    values = first_order_values(
+        data.open_gradients(rank), list(data.rows), target, epochs=epochs, batch_size=batch_size, lr=lr, seed=data.seed
+    )
+    scored = np.where(np.isnan(values), -math.inf, values)
+    return Scores(tuple(scored.tolist()), higher_is_better=True, method="in_run")

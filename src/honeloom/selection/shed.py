@@ -1,0 +1,339 @@
+"""SHED: Shapley values of clusters of rows, and a choice by them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from honeloom.config.methods import MethodConfig
+from honeloom.errors import RowsError
+from honeloom.ops.noise import keyed_uniform
+from honeloom.selection.config import Embedding, Estimator, ShedConfig, UtilityConfig
+from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
+from honeloom.selection.in_run import first_order_values
+from honeloom.selection.sampling import cluster_probabilities, effective_clusters, qocs, qwcs, standardise
+from honeloom.selection.shed_release import released_values
+from honeloom.types.plans import Scores
+from honeloom.types.ports import SelectionData, UtilityPort
+from honeloom.types.rows import Row
+from honeloom.valuation.estimation import estimate
+from honeloom.valuation.executors import Inline
+from honeloom.valuation.game import Game
+from honeloom.valuation.noise import measure_noise
+from honeloom.valuation.stopping import TopStability, spearman
+
+__all__ = ["DEFAULT_BUDGET", "player_count", "shed"]
+
+Values = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+DEFAULT_BUDGET = 300
+MOST_PLAYERS = 3000
+ROWS_PER_PLAYER = 8
+MOST_HELD_OUT = 0.1
+"""Share of the rows that is held out at most where no target is given."""
+LABEL_PROXIES = 32
+"""Rows that stand for a source or a domain, which no centroid describes."""
+FEWEST_STEPS = 8
+SURROGATE_EPOCHS = 2
+"""Passes over the proxies of the tuning that gives the surrogate."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Players:
+    """Which groups play, the rows that stand for them, and on what they are scored."""
+
+    group: list[int]
+    at: list[list[int]]
+    rows: list[list[Row]]
+    dev: list[Row]
+    held_out: Bools
+
+    @property
+    def names(self) -> list[str]:
+        return [rows[0].id for rows in self.rows]
+
+
+def shed(data: SelectionData, **settings: Any) -> Scores:
+    """Value clusters by tunings on the rows that stand for them, give every row its cluster's value, and sample.
+
+    Rows are embedded and clustered; the players of the game are the clusters, each played by
+    its rows nearest to the centroid. The utility tunes a model on the rows of a coalition and
+    scores it on the target. Values are estimated within the budget, noise measured first, and
+    sampled by QOCS (whole clusters by value) or QWCS (softmax of factor x standardised value).
+
+    Parameters
+    ----------
+    data : SelectionData
+        Rows, ports, and the target; without a target a part of the rows is held out for it and
+        taken last.
+    **settings
+        The fields of `ShedConfig`.
+
+    Returns
+    -------
+    Scores
+        Per row the value of its cluster, in units of the utility; `order` as sampled; the table
+        of clusters; and in `details` what was measured.
+
+    Raises
+    ------
+    RowsError
+        Too few rows for two players, or a utility that cannot be evaluated.
+
+    References
+    ----------
+    He et al. 2024 (SHED), arXiv:2405.00705.
+    """
+    config = ShedConfig(**settings)
+    budget = data.budget or DEFAULT_BUDGET
+    dev, held_out = _development(data, config.utility)
+    count = player_count(len(data.rows) - int(held_out.sum()), config.players, budget)
+    vectors = data.embed(data.rows, config.embedding) if config.by == "embedding" else None
+    if vectors is None:
+        labels = data.rows.sources if config.by == "source" else data.rows.domains
+        groups = by_label(labels, ids=data.rows.ids, seed=data.seed)
+    else:
+        groups = by_vectors(vectors, count, ids=data.rows.ids, seed=data.seed)
+    each = config.proxies or (1 if config.by == "embedding" else LABEL_PROXIES)
+    at = representatives(groups, ~held_out, each, data.rows.ids)
+    if vectors is not None and groups.centroids is not None and config.mode != "standard":
+        at = [[i] for i in nearest_of_all(vectors, groups.centroids)]
+    players = _play(data, at, dev, held_out)
+    utility = _with_steps(config.utility, players)
+    data.say(
+        f"shed: {len(players.rows)} players, each tuning {utility.steps} steps of {utility.batch_size} rows, scored on "
+        f"{len(dev)} rows; at most {budget} evaluations"
+    )
+    port = data.open_utility(players.rows, players.names, dev, utility)
+    surrogate = _surrogate(data, players, utility, config)
+    found, removal = _value(data, port, surrogate, config, budget, len(players.rows))
+    return _scores(data, config, groups, players, found, surrogate, removal)
+
+
+def player_count(rows: int, asked: int | None, budget: int) -> int:
+    """How many clusters play: as asked, else a third of the budget, at most 3000 and at most one per 8 rows.
+
+    Raises
+    ------
+    RowsError
+        Fewer than two rows.
+    """
+    if rows < 2:
+        raise RowsError(f"shed: {rows} rows to choose from, and values need at least 2 players; give more rows")
+    if asked is not None:
+        return min(asked, rows)
+    return max(2, min(MOST_PLAYERS, budget // 3, rows // ROWS_PER_PLAYER))
+
+
+def _development(data: SelectionData, utility: UtilityConfig) -> tuple[list[Row], Bools]:
+    """Rows that score a tuning, and which of the pool's rows they are."""
+    kinds = {"choice"} if utility.score == "accuracy" else {"chat", "text"}
+    table = data.target if data.target is not None else data.rows
+    draws = keyed_uniform(data.seed, "shed/target", table.ids)
+    most = utility.target_rows
+    if data.target is None:
+        most = max(1, min(most, int(MOST_HELD_OUT * len(table))))
+        data.warn(f"no target was given: {most} of the rows are held out to score tunings, and are taken last")
+    fit = [i for i, row in enumerate(table) if row.kind in kinds]
+    if not fit:
+        raise RowsError(
+            f"shed: none of the {len(table)} rows of the target is of kind {' or '.join(sorted(kinds))}, which score "
+            f"{utility.score!r} needs; give other rows (--target) or another method.utility.score"
+        )
+    chosen = set(sorted(fit, key=lambda i: (draws[i], table.ids[i]))[:most])
+    held_out = np.zeros(len(data.rows), dtype=bool)
+    if data.target is None:
+        held_out[list(chosen)] = True
+    return [row for i, row in enumerate(table) if i in chosen], held_out
+
+
+def _play(data: SelectionData, at: Sequence[Sequence[int]], dev: list[Row], held_out: Bools) -> _Players:
+    wanted = {i for group in at for i in group}
+    rows = {i: row for i, row in enumerate(data.rows) if i in wanted}
+    playing = [g for g, members in enumerate(at) if members]
+    if len(playing) < 2:
+        raise RowsError(f"shed: {len(playing)} cluster of rows, and values need at least 2; the rows are all alike")
+    return _Players(playing, [list(at[g]) for g in playing], [[rows[i] for i in at[g]] for g in playing], dev, held_out)
+
+
+def _with_steps(utility: UtilityConfig, players: _Players) -> UtilityConfig:
+    if utility.steps is not None:
+        return utility
+    half = sum(map(len, players.rows)) / 2
+    return utility.model_copy(update={"steps": max(FEWEST_STEPS, math.ceil(half / utility.batch_size))})
+
+
+def _surrogate(
+    data: SelectionData, players: _Players, utility: UtilityConfig, config: ShedConfig
+) -> Values | None:
+    """Cheap values of the players: what the steps of one tuning owe to their rows."""
+    name = config.estimator if isinstance(config.estimator, str) else config.estimator.get("type", "auto")
+    wanted = config.surrogate or ("in_run" if name in ("auto", "control_variate") else "none")
+    if wanted == "none" or config.mode != "standard":
+        return None
+    rows = [row for rows in players.rows for row in rows]
+    values = first_order_values(
+        data.open_gradients(utility.rank), rows, players.dev, epochs=SURROGATE_EPOCHS,
+        batch_size=utility.batch_size, lr=utility.lr, seed=data.seed,
+    )  # fmt: skip
+    owner = np.repeat(np.arange(len(players.rows)), [len(rows) for rows in players.rows])
+    return np.bincount(owner, np.nan_to_num(values), minlength=len(players.rows))
+
+
+def _value(
+    data: SelectionData, port: UtilityPort, surrogate: Values | None, config: ShedConfig, budget: int, n: int
+) -> tuple[Scores, dict[str, Any] | None]:
+    """Values of the players, and what happens when the best or the worst of them are taken away."""
+    points = config.curves if budget >= 8 * config.curves else 0
+    stop = None
+    if config.stability is not None:
+        share = (data.wanted or len(data.rows) // 10) / len(data.rows)
+        stop = TopStability(max(1, round(share * n)), config.stability)
+    with (
+        data.open_evaluations(port.fingerprint, budget) as (ledger, executor),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        left = budget - 2 * points
+        if config.mode == "shed-release":
+            found = _released(Game(port, n, budget=left, seed=data.seed, executor=executor or Inline(), ledger=ledger))
+        else:
+            method: Any = config.estimator
+            if config.mode == "shed-paper":
+                method = {"type": "group_permutation", "debias": False}
+            found = estimate(
+                port, n, method=method, budget=left, seed=data.seed, stop=stop, surrogate=surrogate, ledger=ledger,
+                executor=executor, say=data.say,
+            )  # fmt: skip
+        game = Game(port, n, budget=2 * points, seed=data.seed, executor=executor or Inline(), ledger=ledger)
+        removal = _removal(game, found, points)
+    for warning in told:
+        if issubclass(warning.category, UserWarning):
+            data.warn(f"shed: {warning.message}")
+    if not math.isfinite(found.details["full"]) or not math.isfinite(found.details["empty"]):
+        raise RowsError("shed: the model could not be tuned on all players' rows, or not scored; see the warnings")
+    return found, removal
+
+
+def _released(game: Game) -> Scores:
+    noise = measure_noise(game, most=4)
+    found = released_values(game)
+    return Scores(
+        tuple(found.value.tolist()), True, "shed-release", tuple(found.stderr.tolist()), tuple(found.count.tolist()),
+        noise=noise, details={"evaluations": game.spent, "failed": game.failed, "empty": game.empty, "full": game.full},
+    )  # fmt: skip
+
+
+def _removal(game: Game, found: Scores, points: int) -> dict[str, Any] | None:
+    """v without the best, and without the worst, shares of the players; None where no points are wanted."""
+    if not points:
+        return None
+    order = np.argsort(np.argsort(-np.array(found.value), kind="stable"))
+    shares = [(i + 1) / (points + 1) for i in range(points)]
+    cuts = [round(share * game.n_players) for share in shares]
+    best = np.array([order >= cut for cut in cuts])
+    worst = np.array([order < game.n_players - cut for cut in cuts])
+    values = game.evaluate(np.concatenate((best, worst)))
+    ends = [found.details["full"], found.details["empty"]]
+    without = [[ends[0], *part.tolist(), ends[1]] for part in (values[:points], values[points:])]
+    return {
+        "share": [0.0, *shares, 1.0], "without_best": without[0], "without_worst": without[1], "spent": game.spent,
+    }  # fmt: skip
+
+
+def _scores(
+    data: SelectionData, config: ShedConfig, groups: Groups, players: _Players, found: Scores,
+    surrogate: Values | None, removal: dict[str, Any] | None,
+) -> Scores:  # fmt: skip
+    """Values of players as scores of rows, and the order in which rows are taken."""
+    place = np.full(groups.count + 1, -1)  # the last entry is that of rows without a group
+    place[players.group] = np.arange(len(players.group))
+    player = place[groups.label]
+    if config.mode == "shed-release":  # scores of exactly 0 are lost there
+        player = np.where((player >= 0) & (np.array(found.value)[player] == 0.0), -1, player)
+    chosen = np.flatnonzero((player >= 0) & ~players.held_out)
+    order, chances = _sample(data, config, np.array(found.value), player[chosen], groups.distance[chosen], chosen)
+    rest = np.setdiff1d(np.arange(len(player)), chosen)
+    rest = rest[np.argsort(keyed_uniform(data.seed, "shed/rest", [data.rows.ids[i] for i in rest]), kind="stable")]
+    known = np.isin(np.arange(len(player)), chosen)
+    errors, counts = np.array(found.stderr), np.array(found.count)
+    proxies = np.zeros(len(player), dtype=bool)
+    proxies[[i for rows in players.at for i in rows]] = True
+    columns: dict[str, Any] = {
+        "cluster": [int(p) if p >= 0 else None for p in player],
+        "distance": groups.distance.astype(float).tolist(),
+        "proxy": proxies.tolist(),
+        "held_out": players.held_out.tolist(),
+    }
+    if groups.plane is not None:
+        columns |= {"x": groups.plane[:, 0].tolist(), "y": groups.plane[:, 1].tolist()}
+    return Scores(
+        value=tuple(np.where(known, np.array(found.value)[player], -np.inf).tolist()),
+        higher_is_better=True,
+        method="shed",
+        stderr=tuple(np.where(known, errors[player], np.inf).tolist()),
+        count=tuple(np.where(known, counts[player], 0).tolist()),
+        columns=columns,
+        resolvable=found.resolvable,
+        noise=found.noise,
+        order=np.concatenate((chosen[order], rest)).tolist(),
+        clusters=_table(players, found, surrogate, np.bincount(player[player >= 0], minlength=len(players.rows)),
+                        chances),
+        details=_details(data, config, players, found, surrogate, removal, chances),
+    )  # fmt: skip
+
+
+def _sample(
+    data: SelectionData, config: ShedConfig, values: Values, label: npt.NDArray[np.int64],
+    distance: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], Values | None]:  # fmt: skip
+    """Order of the chosen rows, and the chance of every cluster to be drawn first."""
+    ids = [data.rows.ids[i] for i in chosen]
+    if config.sampling == "qocs":
+        return qocs(values, label, distance, ids), None
+    factor = 1.0 if config.mode == "shed-release" else config.factor  # the release has none
+    scaled = standardise(values) if config.mode == "standard" else values
+    order = qwcs(scaled, label, ids, factor=factor, seed=data.seed)
+    return order, cluster_probabilities(scaled, factor)
+
+
+def _table(
+    players: _Players, found: Scores, surrogate: Values | None, sizes: npt.NDArray[np.int64], chances: Values | None
+) -> dict[str, Sequence[Any]]:
+    n = len(players.rows)
+    return {
+        "cluster": list(range(n)),
+        "size": sizes.tolist(),
+        "proxy_id": players.names,
+        "value": list(found.value),
+        "stderr": [e if math.isfinite(e) else None for e in found.stderr or ()],
+        "count": list(found.count or ()),
+        "surrogate": surrogate.tolist() if surrogate is not None else [None] * n,
+        "p_select": chances.tolist() if chances is not None else [None] * n,
+    }
+
+
+def _details(
+    data: SelectionData, config: ShedConfig, players: _Players, found: Scores, surrogate: Values | None,
+    removal: dict[str, Any] | None, chances: Values | None,
+) -> dict[str, Any]:  # fmt: skip
+    spent = removal.pop("spent") if removal else 0
+    agreement = None if surrogate is None else spearman(np.array(found.value), surrogate)
+    return {
+        **found.details,
+        "evaluations": found.details["evaluations"] + spent,
+        "budget": data.budget or DEFAULT_BUDGET,
+        "players": len(players.rows),
+        "estimator": found.method,
+        "development": {"rows": len(players.dev), "from": "rows" if data.target is None else "target"},
+        "surrogate_correlation": agreement,
+        "effective_clusters": None if chances is None else effective_clusters(chances),
+        "removal": removal,
+    }
