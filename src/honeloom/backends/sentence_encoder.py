@@ -20,7 +20,7 @@ except ImportError as error:
         f"sentence-transformers is not installed ({error.name}): pip install 'honeloom[embed]'"
     ) from None
 
-__all__ = ["SentenceEncoder"]
+__all__ = ["SentenceEncoder", "sentence_vectors"]
 
 WINDOW = 32
 """Batches that are sorted by length together."""
@@ -76,3 +76,10 @@ class SentenceEncoder:
             vectors = np.array(found, dtype=np.float32)
             vectors[[i for i, text in enumerate(window) if not text]] = np.nan
             yield vectors
+
+
+def sentence_vectors(
+    rows: Iterable[Row], encoder: str, *, device: str = "auto", batch_size: int = 16
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Load an encoder and yield the vectors of the rows, as `SentenceEncoder` does."""
+    return SentenceEncoder.open(encoder, device=device, batch_size=batch_size).embed(rows)

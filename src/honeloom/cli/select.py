@@ -31,12 +31,16 @@ def select(
     overlap: Annotated[
         str | None,
         typer.Option(
-            "--overlap", metavar="refuse|leave_out", help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]"
+            "--overlap",
+            metavar="refuse|leave_out",
+            help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]",
         ),
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option("--budget", metavar="N", help="Most evaluations (tune and score) that shed spends.  [default: 300]"),
+        typer.Option(
+            "--budget", metavar="N", help="Most evaluations (tune and score) that shed spends.  [default: 300]"
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", help="Processes that evaluate side by side.  [default: 1]")

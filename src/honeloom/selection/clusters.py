@@ -1,8 +1,9 @@
 """k-means at any size: seeded on a sample, assigned in pieces; and the row that stands for each cluster.
 
-Seeding one centroid after another over all rows costs more than all of Lloyd's iterations, so
-both begin on a sample; the rows themselves are passed a few times in blocks, so they may be a
-memory map larger than memory.
+Seeding one centroid after another over all rows costs more than all of Lloyd's iterations, and
+most of these only move the centroids into place. So the seeds are chosen among a few rows per
+cluster, moved into place on a sample, and the rows themselves are passed twice, in blocks: they
+may be a memory map larger than memory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from honeloom.ops.noise import keyed_uniform, uniform
 __all__ = ["Clusters", "kmeans", "nearest_rows", "unit_rows"]
 
 Vectors = npt.NDArray[np.float32]
-BLOCK = 8192
-"""Rows per matrix product."""
-SAMPLE_PER_CLUSTER = 10
-SAMPLE_ITERATIONS = 6
+BLOCK = 4096
+"""Rows that are read at a time."""
+SCORES = 1 << 20
+"""Scores of one matrix product: few enough to stay in a core's cache until their maximum is found."""
+SEEDS_PER_CLUSTER, SAMPLE_PER_CLUSTER, SAMPLE_LEAST = 8, 20, 4096
+SAMPLE_ITERATIONS = 5
+SEEDS_AT_ONCE = 16
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,10 @@ def kmeans(
     init: Vectors | None = None,
     iterations: int = 2,
 ) -> Clusters:
-    """Lloyd's k-means with k-means++ seeding (Arthur & Vassilvitskii 2007), both begun on a sample.
+    """Lloyd's k-means with greedy k-means++ seeding, both begun on a sample of the rows.
+
+    The centroids that come back are the means of their members; a row is in the cluster whose
+    centroid was nearest before these means were taken.
 
     Parameters
     ----------
@@ -82,23 +90,31 @@ def kmeans(
     init : array (k, d), optional
         Centroids to begin with; then nothing is drawn.
     iterations : int
-        Passes of Lloyd over all rows, before the last assignment.
+        Passes of Lloyd over all rows; 0 assigns the rows to the centroids there are.
 
     Raises
     ------
     ValueError
         No rows, or k below 1.
+
+    Notes
+    -----
+    O(N k d) per pass and O(k^2 d log k) for the seeding; beside the rows, memory is O(k d + N).
+
+    References
+    ----------
+    Arthur and Vassilvitskii 2007 (k-means++, and its greedy form).
     """
     if k < 1 or not len(vectors):
         raise ValueError(f"k-means needs rows and k >= 1, got {len(vectors)} rows and k = {k}")
     centroids = _begin(vectors, min(k, len(vectors)), seed, ids) if init is None else init.astype(np.float32)
+    labels = _assign(vectors, centroids) if not iterations else np.empty(0, dtype=np.int64)
     for _ in range(iterations):
-        labels, _ = _assign(vectors, centroids)
+        labels = _assign(vectors, centroids)
         centroids = _means(vectors, labels, centroids)
-    labels, distances = _assign(vectors, centroids)
-    used = np.unique(labels)  # a cluster that lost its last member is left out
-    labels = np.searchsorted(used, labels)
-    return Clusters(centroids[used], labels.astype(np.int64), distances)
+    used, labels = np.unique(labels, return_inverse=True)  # a cluster without members is left out
+    centroids = centroids[used]
+    return Clusters(centroids, labels.astype(np.int64), _distances(vectors, labels, centroids))
 
 
 def nearest_rows(clusters: Clusters, ids: Sequence[str]) -> list[int]:
@@ -114,61 +130,99 @@ def nearest_rows(clusters: Clusters, ids: Sequence[str]) -> list[int]:
 def _begin(vectors: Vectors, k: int, seed: int, ids: Sequence[str]) -> Vectors:
     """Centroids of a sample of the rows."""
     draws = keyed_uniform(seed, "clusters/sample", ids)
-    size = min(len(vectors), SAMPLE_PER_CLUSTER * k)
+    size = min(len(vectors), max(SAMPLE_PER_CLUSTER * k, SAMPLE_LEAST))
     chosen = np.argpartition(draws, size - 1)[:size]
     chosen = chosen[np.argsort(draws[chosen], kind="stable")]
-    sample = np.ascontiguousarray(vectors[np.sort(chosen)][np.argsort(np.argsort(chosen))], dtype=np.float32)
-    centroids = _spread(sample, k, seed)
+    ascending = np.argsort(chosen)  # a memory map is read from its beginning to its end
+    sample = np.empty((size, vectors.shape[1]), dtype=np.float32)
+    sample[ascending] = vectors[chosen[ascending]]
+    centroids = _spread(sample[: max(SEEDS_PER_CLUSTER * k, SAMPLE_LEAST // 4)], k, seed)
     for _ in range(SAMPLE_ITERATIONS):
-        labels, _ = _assign(sample, centroids)
-        centroids = _means(sample, labels, centroids)
+        centroids = _means(sample, _assign(sample, centroids), centroids)
     return centroids
 
 
 def _spread(sample: Vectors, k: int, seed: int) -> Vectors:
-    """k-means++: each further centroid is drawn in proportion to its squared distance from those there are."""
-    draws = uniform(seed, "clusters/spread", k).double().numpy()
-    squares = (sample.astype(np.float64) ** 2).sum(axis=1)
-    chosen = [int(draws[0] * len(sample))]
-    nearest = np.full(len(sample), np.inf)
-    for draw in draws[1:]:
-        last = chosen[-1]
-        nearest = np.minimum(nearest, np.maximum(squares + squares[last] - 2.0 * (sample @ sample[last]), 0.0))
-        nearest[last] = 0.0
-        total = np.cumsum(nearest)
+    """Greedy k-means++: of 2 + ln k rows, drawn by their squared distance from the seeds, take the one that helps most.
+
+    Rows are drawn and their distances computed for several seeds at once, as one matrix
+    product. A row that was drawn by a distance which has shrunk since is kept with the
+    probability new / old, so that the law is that of drawing one after another.
+    """
+    trials, used = 2 + int(np.log(k)), 1
+    squares = np.einsum("nd,nd->n", sample, sample)
+    chosen = [int(uniform(seed, "clusters/spread", 1)[0] * len(sample))]
+    nearest = _squared(sample, squares, chosen)[0]
+    while len(chosen) < k:
+        total = np.cumsum(nearest, dtype=np.float64)
         if total[-1] <= 0:  # no distinct row is left
             break
-        chosen.append(int(np.searchsorted(total, draw * total[-1], side="right")))
-    return sample[chosen].copy()
+        count = trials * min(SEEDS_AT_ONCE, len(chosen), k - len(chosen))
+        draws = uniform(seed, "clusters/spread", 2 * count, start=used).numpy().reshape(2, count)
+        used += draws.size
+        drawn = np.searchsorted(total, draws[0] * total[-1], side="right")
+        reach = _squared(sample, squares, drawn)
+        limits = draws[1] * nearest[drawn]
+        first = 0
+        while first < count and len(chosen) < k:
+            left = first + np.flatnonzero(limits[first:] < nearest[drawn[first:]])[:trials]
+            if not len(left):
+                break
+            first = int(left[-1]) + 1
+            reached = np.minimum(reach[left], nearest)
+            best = int(reached.sum(axis=1).argmin())
+            chosen.append(int(drawn[left[best]]))
+            nearest = reached[best]
+    return sample[chosen]
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, min(count, start + BLOCK)) for start in range(0, count, BLOCK))
+def _squared(sample: Vectors, squares: Vectors, chosen: Sequence[int] | npt.NDArray[np.int64]) -> Vectors:
+    """Squared distances (t, n) of all rows from t of them; 0 where rounding is all there is."""
+    found = sample[chosen] @ sample.T
+    found *= -2.0
+    found += squares
+    found += squares[chosen, None]
+    found[found <= ROUNDING * squares] = 0.0
+    return found
 
 
-def _assign(vectors: Vectors, centroids: Vectors) -> tuple[npt.NDArray[np.int64], Vectors]:
-    """Nearest centroid of every row, ties to the first, and the distance to it."""
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(count, start + size)) for start in range(0, count, size))
+
+
+def _assign(vectors: Vectors, centroids: Vectors) -> npt.NDArray[np.int64]:
+    """Nearest centroid of every row, ties to the first."""
     labels = np.empty(len(vectors), dtype=np.int64)
-    distances = np.empty(len(vectors), dtype=np.float32)
-    half = 0.5 * (centroids.astype(np.float64) ** 2).sum(axis=1).astype(np.float32)
-    for block in _blocks(len(vectors)):
-        rows = np.ascontiguousarray(vectors[block], dtype=np.float32)
-        scores = rows @ centroids.T
+    half = 0.5 * np.einsum("kd,kd->k", centroids, centroids)
+    size = max(64, min(BLOCK, SCORES // len(centroids)))
+    turned = np.ascontiguousarray(centroids.T)
+    held = np.empty((size, len(centroids)), dtype=np.float32)
+    for block in _blocks(len(vectors), size):
+        rows = np.asarray(vectors[block], dtype=np.float32)
+        scores = np.matmul(rows, turned, out=held[: len(rows)])
         scores -= half
         labels[block] = scores.argmax(axis=1)
-        best = scores[np.arange(len(rows)), labels[block]]
-        distances[block] = np.sqrt(np.maximum(np.einsum("nd,nd->n", rows, rows) - 2.0 * best, 0.0))
-    return labels, distances
+    return labels
+
+
+def _distances(vectors: Vectors, labels: npt.NDArray[np.int64], centroids: Vectors) -> Vectors:
+    """Distance (N,) of every row to the centroid of its cluster."""
+    found = np.empty(len(vectors), dtype=np.float32)
+    for block in _blocks(len(vectors), BLOCK):
+        gap = centroids[labels[block]]
+        gap -= vectors[block]
+        found[block] = np.sqrt(np.einsum("nd,nd->n", gap, gap))
+    return found
 
 
 def _means(vectors: Vectors, labels: npt.NDArray[np.int64], centroids: Vectors) -> Vectors:
     """Mean of every cluster's members; one without members stays where it is."""
     k = len(centroids)
     sums = np.zeros(centroids.shape, dtype=np.float64)
-    for block in _blocks(len(vectors)):
+    for block in _blocks(len(vectors), BLOCK):
         part = labels[block]
         ones = csr_matrix((np.ones(len(part), np.float32), (part, np.arange(len(part)))), shape=(k, len(part)))
-        sums += ones @ np.ascontiguousarray(vectors[block], dtype=np.float32)
+        sums += ones @ np.asarray(vectors[block], dtype=np.float32)
     counts = np.bincount(labels, minlength=k)
     held = counts > 0
     means = centroids.copy()

@@ -176,7 +176,7 @@ class KCenterConfig(MethodConfig):
 
 
 class DqConfig(MethodConfig):
-    """Dataset quantization: bins of decreasing diversity, sampled evenly."""
+    """Dataset quantization: bins filled by greedy graph cut, each sampled evenly."""
 
     type: Literal["dq"] = "dq"
     bins: int = Field(10, ge=1, description="Non-overlapping bins.")
@@ -245,7 +245,9 @@ class ShedConfig(MethodConfig):
         None, ge=2, description="Clusters; default: a third of the budget, at most 3000, at least 8 rows each."
     )
     proxies: int | None = Field(
-        None, ge=1, description="Rows that stand for a cluster, nearest to its centroid first; default 1, of a label 32."
+        None,
+        ge=1,
+        description="Rows that stand for a cluster, nearest to its centroid first; default 1, of a label 32.",
     )
     embedding: Embedding = Field(default_factory=HiddenEmbedding)
     estimator: Estimator = Field("auto", description="Valuation method; see `honeloom methods valuation`.")
@@ -262,7 +264,10 @@ class ShedConfig(MethodConfig):
         "qwcs", description="Draw clusters by the softmax of their values, or take them whole in order."
     )
     factor: float = Field(
-        3.0, ge=0, description="Of qwcs, on standardised values: 0 draws evenly, large takes the best only."
+        8.0, ge=0, description="Of qwcs: 0 draws clusters evenly; the larger, the more the best ones alone."
+    )
+    standardise: Literal["rank", "z"] = Field(
+        "rank", description="What the factor multiplies: ranks spread over -1 to 1, or values less mean over deviation."
     )
     curves: int = Field(
         4, ge=0, le=20, description="Points of the removal curves; each costs two evaluations of the budget."

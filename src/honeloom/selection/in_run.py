@@ -31,10 +31,15 @@ def first_order_values(
 ) -> Values:  # fmt: skip
     """What every row does for the target's loss along one tuning, to first order.
 
-    A step with rate lr on the mean loss of a batch B lowers the target's loss by about
-    lr <mean gradient of B, gradient of the target>. That is a sum over rows, so the Shapley value
-    of row i in the step is its term, lr <g_i, g_target> / |B|; values add up over steps, and
-    every row is in `epochs` of them.
+    A step on the mean loss of a batch B lowers the target's loss by about
+    lr <mean gradient of B, P g>, with g the target's gradient and P the optimizer's diagonal scale
+    (the identity for SGD). That is a sum over the rows of B, so the Shapley value of row i in
+    the step is its term, lr <g_i, P g> / |B|. Values add up over steps, and every row is in
+    `epochs` of them.
+
+    Early steps teach more than late ones, whichever rows they hold. A step's mean value is
+    therefore shared by all rows of the epoch: that is the mean over all orders, keeps the
+    sum, and leaves out the luck of being drawn early.
 
     The target's gradient is taken over all its rows, and anew only once every
     ceil(len(target) / batch_size) steps, so that it costs what the training costs: two runs in all.
@@ -50,7 +55,7 @@ def first_order_values(
     batch_size : int
         Rows per step.
     lr : float
-        Learning rate of AdamW, falling linearly to zero.
+        Learning rate, falling linearly to zero.
     seed : int
         Of the orders.
 
@@ -62,7 +67,7 @@ def first_order_values(
 
     References
     ----------
-    Wang et al. 2025, arXiv:2406.11011, section 3 (first order; derived for SGD, applied along Adam).
+    Wang et al. 2025, arXiv:2406.11011, section 3 (first order, for SGD; the scale of Adam is an addition).
     """
     port.reset()
     batches = _batches([row.id for row in rows], epochs, batch_size, seed)
@@ -71,8 +76,11 @@ def first_order_values(
     for step, batch in enumerate(batches):
         if step % again == 0:
             port.aim(target)
-        rate = lr * (1 - step / len(batches))
-        values[batch] += rate * port.train([rows[i] for i in batch], lr=rate) / len(batch)
+        owed = port.train([rows[i] for i in batch], lr=lr * (1 - step / len(batches)))
+        scored = np.isfinite(owed)
+        common = float(owed[scored].mean()) if scored.any() else 0.0
+        values[batch] += owed - common
+        values += common * scored.sum() / len(rows)
     return values
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.selection.clusters import inverse_lengths
 from honeloom.selection.config import HiddenEmbedding
-from honeloom.selection.vectors import blocks_of
+from honeloom.selection.vectors import blocks_of, inverse_lengths
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
 
@@ -125,4 +124,5 @@ def _products(vectors: Vectors, scale: Distances, row: Vectors) -> Distances:
         for part in blocks_of(len(vectors)):
             rows = np.asarray(vectors[part], dtype=np.float32)
             found[part] = np.einsum("nd,d->n", rows, row) * scale[part]
+    found[scale == 0] = 0.0
     return found

@@ -68,16 +68,21 @@ def scores(data: SelectionData, *, path: str) -> Scores:
     if found.repeated:
         data.warn(f"{path}: {found.repeated} entries repeat an id; the first of each counts")
     value = np.where(np.isfinite(found.numbers["score"]), found.numbers["score"], -math.inf)
-    errors = found.numbers.get("stderr")
-    has_errors = errors is not None and bool(np.isfinite(errors).any())
     return Scores(
         tuple(value.tolist()),
         higher_is_better=True,
         method="scores",
-        stderr=tuple(np.where(np.isnan(errors), math.inf, errors).tolist()) if has_errors else None,
+        stderr=_errors(found.numbers.get("stderr")),
         columns=None if found.clusters is None else {"cluster": found.clusters},
         order=_order(found.numbers.get("rank"), value, ids),
     )
+
+
+def _errors(stderr: npt.NDArray[np.float64] | None) -> tuple[float, ...] | None:
+    """Standard errors, infinite where unknown; None where none is known."""
+    if stderr is None or not np.isfinite(stderr).any():
+        return None
+    return tuple(np.where(np.isnan(stderr), math.inf, stderr).tolist())
 
 
 def _order(rank: npt.NDArray[np.float64] | None, value: npt.NDArray[np.float64], ids: Any) -> list[int] | None:
@@ -92,11 +97,13 @@ def _read(file: Path, ids: Any) -> _Found:
     places: dict[str, list[int]] = {}
     for i, name in enumerate(ids):
         places.setdefault(name, []).append(i)
+    if not file.is_file():
+        raise SourceError(f"{file}: no such file; give a scores.parquet of `select`")
     try:
         with pq.ParquetFile(file) as table:
             return _gather(table, _columns(file, table.schema_arrow), places, len(ids))
     except (OSError, pa.ArrowException) as error:
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        why = str(error).splitlines()[0]
         raise SourceError(f"{file}: not a readable Parquet file ({why}); give a scores.parquet of `select`") from None
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.config.methods import MethodConfig
 from honeloom.errors import RowsError
 from honeloom.ops.noise import keyed_uniform
-from honeloom.selection.config import Embedding, Estimator, ShedConfig, UtilityConfig
+from honeloom.selection.config import ShedConfig, UtilityConfig
 from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
 from honeloom.selection.in_run import first_order_values
 from honeloom.selection.sampling import cluster_probabilities, effective_clusters, qocs, qwcs, standardise
@@ -170,9 +169,7 @@ def _with_steps(utility: UtilityConfig, players: _Players) -> UtilityConfig:
     return utility.model_copy(update={"steps": max(FEWEST_STEPS, math.ceil(half / utility.batch_size))})
 
 
-def _surrogate(
-    data: SelectionData, players: _Players, utility: UtilityConfig, config: ShedConfig
-) -> Values | None:
+def _surrogate(data: SelectionData, players: _Players, utility: UtilityConfig, config: ShedConfig) -> Values | None:
     """Cheap values of the players: what the steps of one tuning owe to their rows."""
     name = config.estimator if isinstance(config.estimator, str) else config.estimator.get("type", "auto")
     wanted = config.surrogate or ("in_run" if name in ("auto", "control_variate") else "none")
@@ -232,7 +229,7 @@ def _released(game: Game) -> Scores:
 
 
 def _removal(game: Game, found: Scores, points: int) -> dict[str, Any] | None:
-    """v without the best, and without the worst, shares of the players; None where no points are wanted."""
+    """V without the best, and without the worst, shares of the players; None where no points are wanted."""
     if not points:
         return None
     order = np.argsort(np.argsort(-np.array(found.value), kind="stable"))
@@ -299,7 +296,7 @@ def _sample(
     if config.sampling == "qocs":
         return qocs(values, label, distance, ids), None
     factor = 1.0 if config.mode == "shed-release" else config.factor  # the release has none
-    scaled = standardise(values) if config.mode == "standard" else values
+    scaled = standardise(values, config.standardise) if config.mode == "standard" else values
     order = qwcs(scaled, label, ids, factor=factor, seed=data.seed)
     return order, cluster_probabilities(scaled, factor)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from honeloom.errors import SourceError
 from honeloom.runs.atomic import commit_point, rename, require_space
 
-__all__ = ["BLOCK", "blocks_of", "read_vectors", "stored_vectors"]
+__all__ = ["BLOCK", "blocks_of", "inverse_lengths", "read_vectors", "stored_vectors"]
 
 Vectors = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -28,6 +28,16 @@ BLOCK = 4096
 def blocks_of(count: int, size: int = BLOCK) -> Iterator[slice]:
     """Consecutive slices that cover `count` rows."""
     return (slice(start, min(count, start + size)) for start in range(0, count, size))
+
+
+def inverse_lengths(vectors: Vectors) -> npt.NDArray[np.float32]:
+    """What to multiply every row by to give it length 1, (N,); 0 for a zero row and one that is not finite."""
+    found = np.zeros(len(vectors), dtype=np.float32)
+    for part in blocks_of(len(vectors)):
+        lengths = np.linalg.norm(np.asarray(vectors[part], dtype=np.float64), axis=1)
+        usable = np.isfinite(lengths) & (lengths > 0)
+        found[part][usable] = 1.0 / lengths[usable]
+    return found
 
 
 def stored_vectors(path: Path, blocks: Iterable[Array], n: int) -> Vectors:

@@ -16,8 +16,8 @@ from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target
 from honeloom.selection.config import SelectConfig, UtilityConfig
-from honeloom.selection.tfidf import tfidf_vectors
 from honeloom.selection.groups import unit_blocks
+from honeloom.selection.tfidf import tfidf_vectors
 from honeloom.selection.vectors import read_vectors, stored_vectors
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.work import Work
@@ -101,7 +101,9 @@ class Ports:
         if how.type == "tfidf":
             return tfidf_vectors(rows, size=how.size, seed=config.seed)
         if how.type == "sentence_transformers":
-            encode: Callable[..., Iterator[Vectors]] = load_target("honeloom.backends.sentence_encoder:sentence_vectors")
+            encode: Callable[..., Iterator[Vectors]] = load_target(
+                "honeloom.backends.sentence_encoder:sentence_vectors"
+            )
             return encode(track(rows, "embed rows", len(rows)), how.encoder, device=config.device,
                           batch_size=config.batch_size)  # fmt: skip
         found = self._model()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from honeloom.ops.noise import keyed_uniform
 from honeloom.selection.choose import take_best
 from honeloom.testing.fakes import FakeModel, FakeRows, chat_row
 from honeloom.types.plans import Scores
-from honeloom.types.ports import SelectionData
+from honeloom.types.ports import RowTable, SelectionData, Vectors
 from honeloom.types.rows import Row
 from honeloom.valuation.executors import Executor, Inline, Outcome, Task, Utility
 from honeloom.valuation.game import Estimate, Game
@@ -36,37 +38,57 @@ def _word_loss(row: Row, with_prompt: bool) -> float | None:
     return 1.0 + (len(row.prompt) % 11) / 10 - (0.3 if with_prompt else 0.0)
 
 
+def _toy_vectors(rows: RowTable, how: Any) -> Vectors:
+    """Eight numbers per row that follow from its id; one row has none."""
+    vectors = np.stack([keyed_uniform(0, f"toy/{j}", rows.ids) - 0.3 for j in range(8)], axis=1).astype(np.float32)
+    vectors[[i for i, name in enumerate(rows.ids) if name.endswith("-7")]] = np.nan
+    return vectors
+
+
 def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
     """Require what every selector promises.
 
     One number per row and no NaN; the same scores when called again; scores that follow the
-    row, not its place: reordering the rows reorders the scores; and rows that cannot be scored
-    are -inf, so that they are chosen last whichever end is the better one.
+    row, not its place: reordering the rows reorders the scores, and the order of taking them
+    where the method gives one, which lists every row once; and rows that cannot be scored are
+    -inf, so that they are chosen last whichever end is the better one. The method gets a model,
+    a target and vectors that are made up from the rows; 8 rows are wanted.
 
     Raises
     ------
     AssertionError
         What does not hold.
     """
-    rows = _rows(24)
+    rows, target = _rows(24), [replace(row, id=f"target-{row.id}") for row in _rows(7)[4:]]
 
     def score(order: Sequence[Row]) -> Scores:
-        return method(SelectionData(FakeRows(order), lambda: FakeModel(_word_loss), seed=3), **settings)
+        data = SelectionData(
+            FakeRows(order), lambda: FakeModel(_word_loss), seed=3, target=FakeRows(target), wanted=8,
+            embed=_toy_vectors,
+        )  # fmt: skip
+        return method(data, **settings)
 
     first = score(rows)
     assert len(first) == len(rows), f"{len(first)} scores for {len(rows)} rows"
     assert not any(math.isnan(v) for v in first.value), "a score is NaN; rows that cannot be scored must be -inf"
     assert all(math.isfinite(v) or v == -math.inf for v in first.value), "a score is +inf; an unknown one is -inf"
-    assert score(rows).value == first.value, "a second call gives other scores"
+    again = score(rows)
+    assert again.value == first.value, "a second call gives other scores"
+    assert _listed(again) == _listed(first), "a second call gives another order"
+    assert first.order is None or sorted(first.order) == list(range(len(rows))), "the order does not list every row"
     for name, column in (first.columns or {}).items():
         assert len(column) == len(rows), f"column {name!r} has {len(column)} entries for {len(rows)} rows"
     backwards = score(rows[::-1])
     kept = [_chosen(s, order, 8) for s, order in ((first, rows), (backwards, rows[::-1]))]
-    distinct = len(set(first.value)) == len(rows)
-    assert not distinct or kept[0] == kept[1], "the choice depends on the order of the rows"
+    settled = len(set(first.value)) == len(rows) or first.order is not None
+    assert not settled or kept[0] == kept[1], "the choice depends on the order of the rows"
     unknown = {row.id for row, v in zip(rows, first.value, strict=True) if v == -math.inf}
     known = len(rows) - len(unknown)
     assert not unknown & _chosen(first, rows, known), "a row that cannot be scored is chosen before one that can"
+
+
+def _listed(scores: Scores) -> list[int] | None:
+    return None if scores.order is None else list(scores.order)
 
 
 def _chosen(scores: Scores, rows: Sequence[Row], count: int) -> set[str]:

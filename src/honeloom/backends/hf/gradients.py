@@ -8,8 +8,9 @@ with a given direction, its gradient, or a projection of it needs no backward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ __all__ = ["RowGradients", "rolled_signs", "sketch"]
 Observer = Callable[[str, torch.Tensor, torch.Tensor], None]
 MAX_GRAD_NORM = 1.0
 """Of a step, as in `local_steps`."""
+ADAM = AdamWConfig()
+SETTLED = 10
+"""Steps after which Adam's second moments may be taken from the step before; until then a batch is gone through twice."""
 
 
 def _no_progress(rows: Iterable[Row], label: str, total: int | None) -> Iterable[Row]:
@@ -73,6 +77,7 @@ class RowGradients:
         self._start = trainable_state(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self._direction: dict[str, torch.Tensor] = {}
+        self._steps = 0
 
     @classmethod
     def open(
@@ -112,6 +117,7 @@ class RowGradients:
         restore_trainable(self.model, self._start)
         self._optimizer = None
         self._direction = {}
+        self._steps = 0
 
     def aim(self, target: Sequence[Row]) -> None:
         """Hold the mean gradient of these rows at the present weights, for `train` and `alignments`.
@@ -121,12 +127,9 @@ class RowGradients:
         RowsError
             None of them has a scored token.
         """
-        self._zero_grad()
-        count = sum(self._backward(batch) for _, batch in self._batches(target))
-        if not count:
+        if not self._mean_gradient(target):
             raise RowsError(f"none of the {len(target)} target rows has a scored token; give rows with answers")
-        self._direction = {name: linear.weight.grad / count for name, linear in self._linears.items()}  # type: ignore[operator]
-        self._zero_grad()
+        self._direction = self._take_gradient()
 
     def train(self, rows: Sequence[Row], *, lr: float) -> npt.NDArray[np.float64]:
         """One AdamW step on the mean of the rows' losses.
@@ -134,54 +137,48 @@ class RowGradients:
         Returns
         -------
         ndarray
-            Shape (n,): inner product of every row's gradient, before the step, with the direction
-            that `aim` holds; zero without one, NaN for rows without a scored token.
+            Shape (n,): what the aimed-at loss owes to every row, in nats by which it falls, to
+            first order: lr <g_i, P g> / n with g_i the row's gradient before the step and scaled as
+            the step's is, g what `aim` holds, and P the diagonal 1 / (sqrt(v) + eps) of this
+            step; momentum passes all of it on, over the next steps. NaN for rows without a
+            scored token; zero where nothing is held.
         """
         if self._optimizer is None:
-            self._optimizer = build_optimizer(self.model, AdamWConfig(), lr)
-        found = self.alignments(rows, keep=True)
+            self._optimizer = build_optimizer(self.model, ADAM, lr)
+        if self._steps < SETTLED:  # v changes too much to take it from before the step
+            self._mean_gradient(rows)
+            norm = torch.nn.utils.clip_grad_norm_(self._weights(), MAX_GRAD_NORM)
+            gradient = self._take_gradient()
+            found = self._products(rows, {n: d * self._scale(n, gradient[n]) for n, d in self._direction.items()})
+            self._put_gradient(gradient)
+        else:
+            found = self._products(rows, {n: d * self._scale(n) for n, d in self._direction.items()})
+            self._put_gradient({n: g / np.isfinite(found).sum() for n, g in self._take_gradient().items()})
+            norm = torch.nn.utils.clip_grad_norm_(self._weights(), MAX_GRAD_NORM)
         count = int(np.isfinite(found).sum())
         if count:
-            weights = [linear.weight for linear in self._linears.values()]
-            for weight in weights:
-                if weight.grad is not None:
-                    weight.grad.div_(count)
-            torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
+            self._steps += 1
         self._zero_grad()
-        return found
+        return found * (lr / max(count, 1) * min(1.0, MAX_GRAD_NORM / (float(norm) + 1e-6)))
 
-    def alignments(self, rows: Sequence[Row], *, keep: bool = False) -> npt.NDArray[np.float64]:
-        """Inner products (n,) of the rows' gradients with the direction that `aim` holds.
+    def alignments(self, rows: Sequence[Row]) -> npt.NDArray[np.float64]:
+        """Inner products (n,) of the rows' gradients with what `aim` holds; NaN for rows without a scored token.
 
-        Parameters
-        ----------
-        rows : sequence of Row
-            Those without a scored token give NaN.
-        keep : bool
-            Leave the sum of the gradients in the weights' `grad`.
+        Raises
+        ------
+        ValueError
+            Nothing is held: `aim` first.
         """
-        found = np.full(len(rows), np.nan)
+        if not self._direction:
+            raise ValueError("no target gradient is held since the last reset; call aim first")
+        found = self._products(self.progress(rows, "take gradients", len(rows)), self._direction, len(rows))
         self._zero_grad()
-        for places, batch in self._batches(rows):
-            sums = torch.zeros(len(batch), dtype=torch.float64)
-
-            def observe(name: str, x: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor = sums) -> None:
-                if self._direction:
-                    sums += _inner(x, grad, self._direction[name]).double().cpu()
-
-            with self._watched(len(batch), observe):
-                self._backward(batch)
-            found[places] = sums.numpy()
-        if not keep:
-            self._zero_grad()
         return found
 
-    def sketches(
-        self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False
-    ) -> npt.NDArray[np.float32]:
+    def sketches(self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False) -> npt.NDArray[np.float32]:
         """Random projections (n, size) of the rows' gradients at the present weights.
 
         Parameters
@@ -198,7 +195,7 @@ class RowGradients:
             the training so far, updated by that row alone (LESS, arXiv:2402.04333, section 2.2).
         """
         found = np.full((len(rows), size), np.nan, dtype=np.float32)
-        for places, batch in self._batches(rows):
+        for places, batch in self._batches(self.progress(rows, "project gradients", len(rows))):
             total = torch.zeros(len(batch), size)
             seen: set[str] = set()
 
@@ -218,15 +215,65 @@ class RowGradients:
         self._zero_grad()
         return found
 
+    def _products(
+        self, rows: Iterable[Row], direction: Mapping[str, torch.Tensor], count: int | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Inner products of the rows' gradients with a direction; leaves their sum in the weights' `grad`."""
+        found = np.full(len(rows) if isinstance(rows, Sized) else count or 0, np.nan)
+        self._zero_grad()
+        for places, batch in self._batches(rows):
+            sums = torch.zeros(len(batch), dtype=torch.float64)
+
+            def observe(name: str, x: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor = sums) -> None:
+                if direction:
+                    sums += _inner(x, grad, direction[name]).cpu().double()
+
+            with self._watched(len(batch), observe):
+                self._backward(batch)
+            found[places] = sums.numpy()
+        return found
+
+    def _moments(self, name: str) -> tuple[int, Any, Any]:
+        """Adam's steps so far and its two running means for a weight; zeros before the first step."""
+        state = self._optimizer.state.get(self._linears[name].weight) if self._optimizer else None
+        return (int(state["step"]), state["exp_avg"], state["exp_avg_sq"]) if state else (0, 0.0, 0.0)
+
+    def _scale(self, name: str, gradient: torch.Tensor | None = None) -> torch.Tensor:
+        """What Adam multiplies its mean gradient with: now, or in the step that it takes with this one."""
+        step, _, square = self._moments(name)
+        if gradient is not None:
+            step, square = step + 1, ADAM.beta2 * square + (1 - ADAM.beta2) * gradient**2
+        return 1 / ((square / (1 - ADAM.beta2**step)).sqrt() + ADAM.eps)
+
     def _adam_step(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """What Adam would subtract, over lr, if the next gradient were this row's: (B, out, in) -> the same."""
-        settings, weight = AdamWConfig(), self._linears[name].weight
-        state = self._optimizer.state.get(weight, {}) if self._optimizer else {}
-        step = int(state["step"]) + 1 if state else 1
-        first, second = (state["exp_avg"], state["exp_avg_sq"]) if state else (0.0, 0.0)
-        mean = settings.beta1 * first + (1 - settings.beta1) * gradient
-        square = settings.beta2 * second + (1 - settings.beta2) * gradient**2
-        return (mean / (1 - settings.beta1**step)) / ((square / (1 - settings.beta2**step)).sqrt() + settings.eps)
+        step, mean, _ = self._moments(name)
+        mean = ADAM.beta1 * mean + (1 - ADAM.beta1) * gradient
+        return mean / (1 - ADAM.beta1 ** (step + 1)) * self._scale(name, gradient)
+
+    def _mean_gradient(self, rows: Sequence[Row]) -> int:
+        """Put the mean gradient of the rows into the weights' `grad`; return how many have one."""
+        self._zero_grad()
+        count = sum(self._backward(batch) for _, batch in self._batches(rows))
+        if count:
+            self._put_gradient({name: gradient / count for name, gradient in self._take_gradient().items()})
+        return count
+
+    def _take_gradient(self) -> dict[str, torch.Tensor]:
+        """Take the gradient away from the weights; a weight that no row has used has a zero one."""
+        taken = {
+            name: torch.zeros_like(linear.weight) if linear.weight.grad is None else linear.weight.grad
+            for name, linear in self._linears.items()
+        }
+        self._zero_grad()
+        return taken
+
+    def _put_gradient(self, gradient: Mapping[str, torch.Tensor]) -> None:
+        for name, linear in self._linears.items():
+            linear.weight.grad = gradient[name]
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        return [linear.weight for linear in self._linears.values()]
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[tuple[list[int], list[Encoded]]]:
         """Places and encodings of rows of similar length that can be scored, `batch_size` at a time."""
@@ -304,6 +351,7 @@ def _inner(x: torch.Tensor, grad: torch.Tensor, direction: torch.Tensor) -> torc
     return product.sum(dim=(1, 2))
 
 
+@lru_cache(maxsize=4096)
 def rolled_signs(count: int, size: int, seed: int, name: str, device: torch.device) -> tuple[Any, Any]:
     """The projection of `count` numbers to `size`: signs (count,) int8, and a shift for every block of `size`."""
     signs = rademacher(seed, f"sketch/{name}/sign", count, dtype=torch.int8, device=device)
