@@ -163,13 +163,14 @@ def write(result: Result, data: Path, rounds: int) -> None:
     """Measure, and write CLUSTERING.md."""
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     result.add(
-        f"# Clustering\n\nCommand: `OMP_NUM_THREADS=1 python benchmarks/selection/clustering.py`. {platform.machine()}, "
-        f"{threads} thread(s), a shared machine; Python {platform.python_version()}, numpy {np.__version__}.\n\n"
+        f"# Clustering\n\nCommand: `OMP_NUM_THREADS=1 python benchmarks/selection/clustering.py`. "
+        f"{platform.machine()}, {threads} thread(s), "
+        f"a shared machine; Python {platform.python_version()}, numpy {np.__version__}.\n\n"
         f"## Against scikit-learn\n\n{ROWS:,} unit rows of length {LENGTH}, {CLUSTERS} clusters; "
         f"`KMeans(init='k-means++', algorithm='lloyd', n_init=1)`, its other settings as they come. Both in turn, "
         f"{rounds} seeds each. The goal is {FASTER} times faster (medians) at most {WORSE} of its inertia (means over "
         "the seeds).\n\n`mixture` is 400 Gaussian groups of unequal size with 8 directions of their own, and noise; "
-        "`real` is TF-IDF vectors of instructions and answers from 20 public sets.\n"
+        "`real` is TF-IDF vectors of instructions and answers of public sets.\n"
     )
     result.add(
         "| rows | | seconds (min / median / max) | processor seconds | inertia | reached |\n|---|---|---|---|---|---|"
@@ -178,9 +179,9 @@ def write(result: Result, data: Path, rounds: int) -> None:
     if data.is_dir():
         compare(result, "real", real(data), rounds)
     result.add(
-        f"\n## A million rows\n\nA memory map of float32, then `qwcs` and `qocs` over all rows. Own memory is the peak of "
-        "RssAnon, which leaves out the pages of the mapped file and of libraries, sampled every 20 ms; interpreter and "
-        f"libraries' data are in it. The goal is below {MEMORY / 2**20:,.0f} MiB.\n"
+        f"\n## A million rows\n\nA memory map of float32, then `qwcs` and `qocs` over all rows. Own memory is the peak "
+        "of RssAnon, which leaves out the pages of the mapped file and of libraries, sampled every 20 ms; interpreter "
+        f"and libraries' data are in it. The goal is below {MEMORY / 2**20:,.0f} MiB.\n"
     )
     result.add(
         "| rows | clusters | k-means, s | qwcs, s | qocs, s | file, MiB | own memory, MiB | resident, MiB | "

@@ -72,8 +72,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("pages")
     tests = (row for row in lab.rows("test") if row.get("domain") in ("arith", "lists+"))
-    for name, rows in (("rows.jsonl", islice(lab.rows("pool"), 140)), ("test.jsonl", islice(tests, 24))):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    wanted = (row for row in lab.rows("dev") if row.get("domain") in ("arith", "lists+"))
+    files = (("rows.jsonl", lab.rows("pool"), 140), ("test.jsonl", tests, 24), ("wanted.jsonl", wanted, 24))
+    for name, rows, count in files:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in islice(rows, count)]
         (folder / name).write_text("".join(lines), encoding="utf-8")
     return folder
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from chromium_pipe import Chromium
 from hostile_texts import hostile_report
+from valued_folder import write_valued
 
 import honeloom
 from honeloom.reporting.page import write_page
@@ -37,6 +38,7 @@ def browser(require, tmp_path_factory):
 def pages(tmp_path_factory, hostile_selection):
     folder = tmp_path_factory.mktemp("pages")
     (folder / "hostile").mkdir()
+    (folder / "valued").mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     honeloom.run(folder / "recipe.yaml", output_dir=folder / "run")
     return {
@@ -44,10 +46,11 @@ def pages(tmp_path_factory, hostile_selection):
         "stage": folder / "run" / "stages" / "6-after" / "report.html",
         "rows": hostile_selection / "report.html",
         "hostile": write_page(folder / "hostile", hostile_report()),
+        "valued": write_page(folder / "valued", write_valued(folder / "valued")),
     }
 
 
-NAMES = ["run", "stage", "rows", "hostile"]
+NAMES = ["run", "stage", "rows", "hostile", "valued"]
 
 
 @pytest.mark.parametrize("name", NAMES)

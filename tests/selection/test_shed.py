@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from honeloom.errors import RowsError
 from honeloom.selection.config import UtilityConfig
-from honeloom.selection.groups import by_label, nearest_of_all, representatives, unit_blocks
+from honeloom.selection.groups import by_label, nearest_of_all, representatives
 from honeloom.selection.shed import player_count, shed
 from honeloom.selection.shed_release import released_values
+from honeloom.selection.vectors import unit_blocks
 from honeloom.testing.fakes import FakeRows, chat_row
 from honeloom.types.ports import SelectionData
 from honeloom.valuation.executors import Inline

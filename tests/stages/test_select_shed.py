@@ -167,17 +167,45 @@ def test_without_a_target_a_part_of_the_rows_is_held_out(tmp_path):
     assert any("held out" in w for w in report.warnings)
 
 
-def test_ctrl_c_keeps_what_was_paid(tmp_path):
+def _gone(group, seconds):
+    """Whether no process of the group is left; multiprocessing's own tracker ends a moment after the others."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_keeps_what_was_paid_and_leaves_no_process(tmp_path, workers):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "honeloom", "select", "lab:pool", "--method", "shed", "--model", "lab:base",
-               "--target", "lab:dev", "--budget", "200", "--limit", "120", "--output-dir", str(out)]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ})
+               "--target", "lab:dev", "--budget", "200", "--limit", "120", "--workers", workers, "--max-length", "48",
+               "--set", "method.surrogate=none", "--output-dir", str(out)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob(".stopped.partial-*/evaluations.jsonl")):
+    ledger = None
+    while time.monotonic() < deadline and not (ledger and list(read_journal(ledger))):
         time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+        ledger = next(iter(tmp_path.glob(".stopped.partial-*/evaluations.jsonl")), None)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert not out.exists()
+    assert list(read_journal(ledger))
+    assert _gone(process.pid, seconds=20)
+
+
+def test_rows_that_chose_cannot_judge_unnoticed(tmp_path):
+    """A model tuned on rows that were chosen by the test set says so when it is measured on it."""
+    honeloom.select("lab:pool", method="dsir", target="lab:dev", keep="20", limit=200, output_dir=tmp_path / "picked")
+    honeloom.tune("lab:base", tmp_path / "picked", max_steps=1, output_dir=tmp_path / "tuned")
+    report = honeloom.evaluate(tmp_path / "tuned", rows="lab:dev", limit=30)
+    assert report.details["overlap"]["target_rows"] == 30
+    assert any("chosen" in w for w in report.warnings)
+    other = honeloom.evaluate(tmp_path / "tuned", rows="lab:test", limit=30)
+    assert other.details["overlap"]["target_rows"] < 5

@@ -36,5 +36,14 @@ def methods(
 def _describe(kind: str, name: str) -> dict[str, Any]:
     registry = family(kind)
     row = registry.get(name)
-    defaults = registry.load_config(name)().model_dump(mode="json", exclude={"type"})
+    fields = registry.load_config(name).model_fields
+    defaults = {n: _default(info) for n, info in fields.items() if n != "type"}
     return {"name": name, "version": row.version, "summary": row.summary, "paper": row.paper, "defaults": defaults}
+
+
+def _default(info: Any) -> Any:
+    """A field's default as JSON; a field without one says so."""
+    if info.is_required():
+        return "(required)"
+    value = info.get_default(call_default_factory=True)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -69,3 +69,12 @@ MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", metavar="N", help="Tokens per row.  [default: the model's limit, at most 2048]"),
 ]
+Budget = Annotated[
+    int | None, typer.Option("--budget", metavar="N", help="Most evaluations that are paid for.  [default: by method]")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", help="Processes that evaluate side by side.  [default: 1]")
+]
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster.  [default: no]")
+]

@@ -10,6 +10,19 @@ import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb, settings
 
+Target = Annotated[
+    list[str] | None,
+    typer.Option("--target", metavar="ROWS", help="Rows like those the model is wanted for; may be repeated."),
+]
+Overlap = Annotated[
+    str | None,
+    typer.Option(
+        "--overlap",
+        metavar="refuse|leave_out",
+        help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]",
+    ),
+]
+
 
 def select(
     rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Path, glob, hub id or lab:pool|dev|test.")],
@@ -24,30 +37,11 @@ def select(
         str | None,
         typer.Option("--keep", metavar="10%|500|200000tok", help="Share, rows or tokens to keep.  [default: 10%]"),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", metavar="ROWS", help="Rows like those the model is wanted for; may be repeated."),
-    ] = None,
-    overlap: Annotated[
-        str | None,
-        typer.Option(
-            "--overlap",
-            metavar="refuse|leave_out",
-            help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]",
-        ),
-    ] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            "--budget", metavar="N", help="Most evaluations (tune and score) that shed spends.  [default: 300]"
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="Processes that evaluate side by side.  [default: 1]")
-    ] = None,
-    ray: Annotated[
-        str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster.  [default: no]")
-    ] = None,
+    target: Target = None,
+    overlap: Overlap = None,
+    budget: o.Budget = None,
+    workers: o.Workers = None,
+    ray: o.Ray = None,
     near_duplicates: Annotated[
         float | None,
         typer.Option(

@@ -32,6 +32,10 @@ class MethodConfig(Config):
         """What may be given, and changes the result."""
         return frozenset()
 
+    def tunes(self) -> tuple[int, int] | None:
+        """Rank and rows per step of the LoRA tunings it makes, which then are the peak of memory; None for none."""
+        return None
+
 
 def default_type(name: str) -> BeforeValidator:
     """Let a name alone stand for {type: name}, and settings without `type` for those of `name`."""
@@ -77,5 +81,24 @@ class FamilyMethod:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         registry = family(self.kind)
-        settings = [registry.load_config(name).model_json_schema() for name in registry.names()]
+        settings = [_inlined(registry.load_config(name).model_json_schema()) for name in registry.names()]
         return {"anyOf": [{"type": "string", "enum": registry.names()}, *settings]}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose references to its own definitions are replaced by them, so that it can stand within another."""
+    definitions = schema.pop("$defs", {})
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        reference = node.get("$ref", "")
+        if reference.startswith("#/$defs/"):
+            beside = {k: walk(v) for k, v in node.items() if k != "$ref"}
+            return {**walk(definitions[reference.removeprefix("#/$defs/")]), **beside}
+        return {k: walk(v) for k, v in node.items() if k != "discriminator"}
+
+    inlined: dict[str, Any] = walk(schema)
+    return inlined

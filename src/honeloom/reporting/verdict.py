@@ -110,10 +110,24 @@ def _select(report: Report, inputs: Inputs) -> Verdict:
     share = d["rows_kept"] / d["rows_usable"] if d["rows_usable"] else 0.0
     rejected = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in d["rejected"].items())
     return Verdict(
-        f"{d['rows_kept']:,} of {plural(d['rows_usable'], 'usable row')} were kept, chosen by {d['method']}.",
+        f"{d['rows_kept']:,} of {plural(d['rows_usable'], 'usable row')} were kept, chosen by {d['method']}."
+        f"{_valued(d)}",
         Figure("share of the usable rows", f"{share:.1%}"),
         (("rows read", number(d["rows_in"])), ("left out before scoring", rejected or "none")),
     )
+
+
+def _valued(d: Mapping[str, Any]) -> str:
+    """One sentence more where clusters were valued: how many, by how much work, and whether to trust the order."""
+    if not d.get("players") or not d.get("evaluations"):
+        return ""
+    ranking = {
+        True: "their ranking is resolvable",
+        False: "their ranking is NOT resolvable, so the order is little better than chance",
+        None: "whether their ranking is resolvable is not known",
+    }[(d.get("noise") or {}).get("resolvable")]
+    done = f"{plural(d['players'], 'cluster')} {'was' if d['players'] == 1 else 'were'} valued"
+    return f" {done} with {plural(d['evaluations'], 'evaluation')}; {ranking}."
 
 
 def _tune(report: Report, inputs: Inputs) -> Verdict:

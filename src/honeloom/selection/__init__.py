@@ -28,7 +28,7 @@ METHODS = (
     Method("k_center", "honeloom.selection.k_center:k_center", "honeloom.selection.config:KCenterConfig",
            "Sener and Savarese 2018, arXiv:1708.00489", "rows that leave no row far from a chosen one"),
     Method("dq", "honeloom.selection.dq:dq", "honeloom.selection.config:DqConfig",
-           "Zhou et al. 2023, arXiv:2308.10524", "an even sample of bins of decreasing diversity"),
+           "Zhou et al. 2023, arXiv:2308.10524", "an even sample of bins filled by graph cut"),
     Method("scores", "honeloom.selection.scores:scores", "honeloom.selection.config:ScoresConfig",
            "none", "scores of an earlier selection, by row id"),
 )  # fmt: skip

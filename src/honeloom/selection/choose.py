@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal
 
 from honeloom.ops.noise import keyed_uniform
 from honeloom.types.plans import Scores, SelectPlan
@@ -13,8 +12,8 @@ from honeloom.types.plans import Scores, SelectPlan
 __all__ = ["rows_to_keep", "take_best", "taking_order"]
 
 
-def rows_to_keep(amount: Decimal | float, unit: Literal["share", "rows"], usable: int) -> int:
-    """How many rows to keep: a share is rounded half up and at least 1; a count is at most `usable`."""
+def rows_to_keep(amount: Decimal | float, unit: str, usable: int) -> int:
+    """How many rows to keep: a "share" is rounded half up and at least 1; "rows" are at most `usable`."""
     if unit == "rows":
         return min(int(amount), usable)
     exact = Decimal(str(amount)) * usable
@@ -65,9 +64,7 @@ def take_best(
     """
     order = taking_order(scores, ids, seed)
     if unit != "tokens":
-        return SelectPlan(
-            tuple(sorted(order[: rows_to_keep(amount, "share" if unit == "share" else "rows", len(ids))]))
-        )
+        return SelectPlan(tuple(sorted(order[: rows_to_keep(amount, unit, len(ids))])))
     if tokens is None:
         raise ValueError("a token budget needs the rows' token counts")
     left, keep = Decimal(str(amount)), []

@@ -1,4 +1,4 @@
-"""k-means at any size: seeded on a sample, assigned in pieces; and the row that stands for each cluster.
+"""k-means at any size: seeded on a sample, assigned in pieces.
 
 Seeding one centroid after another over all rows costs more than all of Lloyd's iterations, and
 most of these only move the centroids into place. So the seeds are chosen among a few rows per
@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 
 from honeloom.ops.noise import keyed_uniform, uniform
 
-__all__ = ["Clusters", "kmeans", "nearest_rows", "unit_rows"]
+__all__ = ["Clusters", "kmeans"]
 
 Vectors = npt.NDArray[np.float32]
 BLOCK = 4096
@@ -52,15 +52,6 @@ class Clusters:
     def sizes(self) -> npt.NDArray[np.int64]:
         """Members of every cluster, (k,)."""
         return np.bincount(self.labels, minlength=len(self.centroids)).astype(np.int64)
-
-
-def unit_rows(vectors: Vectors) -> tuple[Vectors, npt.NDArray[np.bool_]]:
-    """Rows of length 1, and which of them can be used: zero, NaN and infinite rows become zero."""
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    usable = np.isfinite(lengths) & (lengths > 0)
-    scaled = np.zeros_like(vectors, dtype=np.float32)
-    scaled[usable] = vectors[usable] / lengths[usable, None]
-    return scaled, usable
 
 
 def kmeans(
@@ -117,16 +108,6 @@ def kmeans(
     return Clusters(centroids, labels.astype(np.int64), _distances(vectors, labels, centroids))
 
 
-def nearest_rows(clusters: Clusters, ids: Sequence[str]) -> list[int]:
-    """Row that stands for each cluster: the member nearest to its centroid, ties to the lowest id."""
-    best: dict[int, int] = {}
-    for i, cluster in enumerate(clusters.labels.tolist()):
-        j = best.get(cluster)
-        if j is None or (clusters.distances[i], ids[i]) < (clusters.distances[j], ids[j]):
-            best[cluster] = i
-    return [best[c] for c in range(len(clusters.centroids))]
-
-
 def _begin(vectors: Vectors, k: int, seed: int, ids: Sequence[str]) -> Vectors:
     """Centroids of a sample of the rows."""
     draws = keyed_uniform(seed, "clusters/sample", ids)
@@ -160,7 +141,7 @@ def _spread(sample: Vectors, k: int, seed: int) -> Vectors:
         count = trials * min(SEEDS_AT_ONCE, len(chosen), k - len(chosen))
         draws = uniform(seed, "clusters/spread", 2 * count, start=used).numpy().reshape(2, count)
         used += draws.size
-        drawn = np.searchsorted(total, draws[0] * total[-1], side="right")
+        drawn = np.minimum(np.searchsorted(total, draws[0] * total[-1], side="right"), len(sample) - 1)
         reach = _squared(sample, squares, drawn)
         limits = draws[1] * nearest[drawn]
         first = 0

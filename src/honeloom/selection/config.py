@@ -191,7 +191,7 @@ class InRunConfig(MethodConfig):
     """First-order in-run Shapley: what every step of one tuning owes to every row."""
 
     type: Literal["in_run"] = "in_run"
-    epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    epochs: int = Field(1, ge=1, description="Passes over the rows; whole ones, for every row counts as often.")
     batch_size: int = Field(16, ge=1, description="Rows per step.")
     lr: float = Field(2e-4, gt=0, description="Learning rate.")
     rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
@@ -201,27 +201,40 @@ class InRunConfig(MethodConfig):
         """The model and the target."""
         return MODEL | TARGET
 
+    def tunes(self) -> tuple[int, int]:
+        """As set."""
+        return self.rank, self.batch_size
+
 
 class _WarmedConfig(MethodConfig):
     """Gradients at checkpoints along a short warm-up on the rows."""
 
-    checkpoints: int = Field(4, ge=1, description="Along the warm-up; gradients are taken at each.")
-    warmup: float = Field(0.05, gt=0, le=1, description="Share of the rows the warm-up tunes on, once per checkpoint.")
+    checkpoints: int = Field(4, ge=1, description="Passes of the warm-up; gradients are taken after each, or the last.")
+    warmup: float = Field(0.05, gt=0, le=1, description="Share of the rows the warm-up tunes on.")
     batch_size: int = Field(16, ge=1, description="Rows per step of the warm-up.")
     lr: float = Field(2e-4, gt=0, description="Learning rate of the warm-up.")
     rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
-    size: int = Field(8192, ge=16, description="Numbers that a projected gradient keeps.")
     target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
 
     def needs(self) -> frozenset[str]:
         """The model and the target."""
         return MODEL | TARGET
 
+    def tunes(self) -> tuple[int, int]:
+        """As set."""
+        return self.rank, self.batch_size
+
 
 class LessConfig(_WarmedConfig):
     """LESS: the cosine between the Adam step a row would cause and the target's gradient."""
 
     type: Literal["less"] = "less"
+    size: int = Field(8192, ge=16, description="Numbers that a projected gradient keeps.")
+    mode: Literal["standard", "less-paper"] = Field(
+        "standard",
+        description="Mean cosine with the target's rows at the end of the warm-up; or, as in the paper, the sum over"
+        " checkpoints, the largest of the target's domains.",
+    )
 
 
 class TracinConfig(_WarmedConfig):
@@ -247,7 +260,7 @@ class ShedConfig(MethodConfig):
     proxies: int | None = Field(
         None,
         ge=1,
-        description="Rows that stand for a cluster, nearest to its centroid first; default 1, of a label 32.",
+        description="Rows that stand for a cluster, nearest to its centroid; default 1, of a label 32.",
     )
     embedding: Embedding = Field(default_factory=HiddenEmbedding)
     estimator: Estimator = Field("auto", description="Valuation method; see `honeloom methods valuation`.")
@@ -280,6 +293,10 @@ class ShedConfig(MethodConfig):
     def uses(self) -> frozenset[str]:
         """A target, or a part of the rows is held out; and a budget."""
         return TARGET | BUDGET
+
+    def tunes(self) -> tuple[int, int]:
+        """As the utility is set."""
+        return self.utility.rank, self.utility.batch_size
 
     @field_validator("estimator")
     @classmethod

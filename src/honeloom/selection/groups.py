@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from honeloom.ops.noise import keyed_uniform
-from honeloom.selection.clusters import BLOCK, Clusters, kmeans
+from honeloom.selection.clusters import kmeans
 from honeloom.selection.projection import plane
+from honeloom.selection.vectors import blocks_of, inverse_lengths
 from honeloom.types.ports import Vectors
 
-__all__ = ["Groups", "by_label", "by_vectors", "nearest_of_all", "representatives", "unit_blocks"]
+__all__ = ["Groups", "by_label", "by_vectors", "nearest_of_all", "representatives"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -47,8 +48,8 @@ class Groups:
 
 def by_vectors(vectors: Vectors, count: int, *, ids: Sequence[str], seed: int) -> Groups:
     """k-means of unit vectors (N, d); a zero vector belongs nowhere."""
-    usable = _lengths(vectors) > 0
-    found: Clusters = kmeans(vectors, count, seed=seed, ids=ids)
+    usable = inverse_lengths(vectors) > 0
+    found = kmeans(vectors, count, seed=seed, ids=ids)
     label = np.where(usable, found.labels, -1)
     return Groups(label, found.distances, found.centroids, plane(vectors, ids=ids, seed=seed))
 
@@ -95,13 +96,13 @@ def nearest_of_all(vectors: Vectors, centroids: Vectors) -> list[int]:
     """For every centroid the nearest of all rows, its own or not: two centroids may share one, as in SHED's release."""
     best = np.full(len(centroids), -np.inf)
     place = np.zeros(len(centroids), dtype=np.int64)
-    for start in range(0, len(vectors), BLOCK):
-        rows = np.asarray(vectors[start : start + BLOCK], dtype=np.float32)
+    for part in blocks_of(len(vectors)):
+        rows = np.asarray(vectors[part], dtype=np.float32)
         closeness = rows @ centroids.T - 0.5 * (rows**2).sum(1)[:, None]
         top = closeness.argmax(axis=0)
         value = closeness[top, np.arange(len(centroids))]
         better = value > best
-        best[better], place[better] = value[better], start + top[better]
+        best[better], place[better] = value[better], part.start + top[better]
     return [int(p) for p in place]
 
 
@@ -111,38 +112,3 @@ def _runs(labels: IntArray) -> list[tuple[int, int]]:
         return []
     starts = np.flatnonzero(np.concatenate(([True], labels[1:] != labels[:-1])))
     return list(zip(starts.tolist(), [*starts[1:].tolist(), len(labels)], strict=True))
-
-
-def unit_blocks(vectors: Vectors, *, standardise: bool) -> Iterator[Vectors]:
-    """Yield the rows of (N, d) with length 1, a block at a time; a row that is not finite, or zero, becomes zero.
-
-    With `standardise` every dimension is first shifted and scaled to mean 0 and variance 1 over
-    the finite rows.
-    """
-    mean, spread = _moments(vectors) if standardise else (0.0, 1.0)
-    for start in range(0, len(vectors), BLOCK):
-        rows = (np.asarray(vectors[start : start + BLOCK], dtype=np.float64) - mean) / spread
-        lengths = np.linalg.norm(rows, axis=1)
-        usable = np.isfinite(lengths) & (lengths > 0)
-        scaled = np.zeros(rows.shape, dtype=np.float32)
-        scaled[usable] = rows[usable] / lengths[usable, None]
-        yield scaled
-
-
-def _moments(vectors: Vectors) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean and standard deviation of every dimension over the finite rows; a constant one gets 1."""
-    count, total, squares = 0, np.zeros(vectors.shape[1]), np.zeros(vectors.shape[1])
-    for start in range(0, len(vectors), BLOCK):
-        rows = np.asarray(vectors[start : start + BLOCK], dtype=np.float64)
-        rows = rows[np.isfinite(rows).all(axis=1)]
-        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
-    mean = total / max(count, 1)
-    variance = np.maximum(squares / max(count, 1) - mean**2, 0.0)
-    return mean, np.sqrt(np.where(variance > 1e-12 * (1 + mean**2), variance, 1.0))
-
-
-def _lengths(vectors: Vectors) -> npt.NDArray[np.float64]:
-    lengths = np.empty(len(vectors))
-    for start in range(0, len(vectors), BLOCK):
-        lengths[start : start + BLOCK] = np.linalg.norm(vectors[start : start + BLOCK], axis=1)
-    return lengths

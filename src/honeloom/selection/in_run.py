@@ -13,7 +13,7 @@ from honeloom.types.plans import Scores
 from honeloom.types.ports import GradientPort, RowTable, SelectionData
 from honeloom.types.rows import Row
 
-__all__ = ["draw", "first_order_values", "in_run"]
+__all__ = ["draw", "first_order_values", "in_run", "row_batches"]
 
 Values = npt.NDArray[np.float64]
 
@@ -70,9 +70,9 @@ def first_order_values(
     Wang et al. 2025, arXiv:2406.11011, section 3 (first order, for SGD; the scale of Adam is an addition).
     """
     port.reset()
-    batches = _batches([row.id for row in rows], epochs, batch_size, seed)
+    batches = row_batches([row.id for row in rows], epochs, batch_size, seed)
     again = math.ceil(len(target) / batch_size)
-    values = np.zeros(len(rows))
+    values, shared = np.zeros(len(rows)), 0.0
     for step, batch in enumerate(batches):
         if step % again == 0:
             port.aim(target)
@@ -80,15 +80,15 @@ def first_order_values(
         scored = np.isfinite(owed)
         common = float(owed[scored].mean()) if scored.any() else 0.0
         values[batch] += owed - common
-        values += common * scored.sum() / len(rows)
-    return values
+        shared += common * float(scored.sum())
+    return values + shared / max(1, int(np.isfinite(values).sum()))
 
 
-def _batches(ids: Sequence[str], epochs: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Places of the rows of every step."""
+def row_batches(ids: Sequence[str], epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Places of the rows of every step: each epoch in an order drawn by seed and row id, whatever the rows' order."""
     found = []
     for epoch in range(epochs):
-        keys = keyed_uniform(seed, f"in_run/epoch/{epoch}", ids)
+        keys = keyed_uniform(seed, f"tune/epoch/{epoch}", ids)
         order = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]))
         found += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return found

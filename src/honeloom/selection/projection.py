@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from honeloom.ops.noise import keyed_uniform
+from honeloom.selection.vectors import blocks_of
 from honeloom.types.ports import Vectors
 
 __all__ = ["plane"]
 
 SAMPLE = 20_000
-BLOCK = 8192
 
 
 def plane(vectors: Vectors, *, ids: Sequence[str], seed: int) -> Vectors:
@@ -30,6 +30,6 @@ def plane(vectors: Vectors, *, ids: Sequence[str], seed: int) -> Vectors:
     found = directions[:, ::-1][:, :2]
     axes[:, : found.shape[1]] = found * np.sign(found[np.abs(found).argmax(axis=0), np.arange(found.shape[1])])
     placed = np.empty((len(vectors), 2), dtype=np.float32)
-    for start in range(0, len(vectors), BLOCK):
-        placed[start : start + BLOCK] = (np.asarray(vectors[start : start + BLOCK], np.float64) - mean) @ axes
+    for part in blocks_of(len(vectors)):
+        placed[part] = (np.asarray(vectors[part], dtype=np.float64) - mean) @ axes
     return placed

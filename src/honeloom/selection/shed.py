@@ -6,17 +6,17 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from honeloom.errors import RowsError
 from honeloom.ops.noise import keyed_uniform
-from honeloom.selection.config import ShedConfig, UtilityConfig
+from honeloom.selection import sampling as drawing
+from honeloom.selection.config import Embedding, Estimator, HiddenEmbedding, ShedConfig, UtilityConfig
 from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
 from honeloom.selection.in_run import first_order_values
-from honeloom.selection.sampling import cluster_probabilities, effective_clusters, qocs, qwcs, standardise
 from honeloom.selection.shed_release import released_values
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData, UtilityPort
@@ -40,6 +40,7 @@ MOST_HELD_OUT = 0.1
 LABEL_PROXIES = 32
 """Rows that stand for a source or a domain, which no centroid describes."""
 FEWEST_STEPS = 8
+EMBEDDING, UTILITY = HiddenEmbedding(), UtilityConfig()
 SURROGATE_EPOCHS = 2
 """Passes over the proxies of the tuning that gives the surrogate."""
 
@@ -59,7 +60,13 @@ class _Players:
         return [rows[0].id for rows in self.rows]
 
 
-def shed(data: SelectionData, **settings: Any) -> Scores:
+def shed(
+    data: SelectionData, *, mode: Literal["standard", "shed-paper", "shed-release"] = "standard",
+    by: Literal["embedding", "source", "domain"] = "embedding", players: int | None = None, proxies: int | None = None,
+    embedding: Embedding = EMBEDDING, estimator: Estimator = "auto", surrogate: Literal["in_run", "none"] | None = None,
+    stability: float | None = None, utility: UtilityConfig = UTILITY, sampling: Literal["qwcs", "qocs"] = "qwcs",
+    factor: float = 8.0, standardise: Literal["rank", "z"] = "rank", curves: int = 4,
+) -> Scores:  # fmt: skip
     """Value clusters by tunings on the rows that stand for them, give every row its cluster's value, and sample.
 
     Rows are embedded and clustered; the players of the game are the clusters, each played by
@@ -72,8 +79,8 @@ def shed(data: SelectionData, **settings: Any) -> Scores:
     data : SelectionData
         Rows, ports, and the target; without a target a part of the rows is held out for it and
         taken last.
-    **settings
-        The fields of `ShedConfig`.
+    mode, by, players, proxies, embedding, estimator, surrogate, stability, utility, sampling, factor
+        As in `ShedConfig`, and so are `standardise` and `curves`.
 
     Returns
     -------
@@ -90,7 +97,11 @@ def shed(data: SelectionData, **settings: Any) -> Scores:
     ----------
     He et al. 2024 (SHED), arXiv:2405.00705.
     """
-    config = ShedConfig(**settings)
+    config = ShedConfig(
+        mode=mode, by=by, players=players, proxies=proxies, embedding=embedding, estimator=estimator,
+        surrogate=surrogate, stability=stability, utility=utility, sampling=sampling, factor=factor,
+        standardise=standardise, curves=curves,
+    )  # fmt: skip
     budget = data.budget or DEFAULT_BUDGET
     dev, held_out = _development(data, config.utility)
     count = player_count(len(data.rows) - int(held_out.sum()), config.players, budget)
@@ -104,16 +115,16 @@ def shed(data: SelectionData, **settings: Any) -> Scores:
     at = representatives(groups, ~held_out, each, data.rows.ids)
     if vectors is not None and groups.centroids is not None and config.mode != "standard":
         at = [[i] for i in nearest_of_all(vectors, groups.centroids)]
-    players = _play(data, at, dev, held_out)
-    utility = _with_steps(config.utility, players)
+    playing = _play(data, at, dev, held_out)
+    tuning = _with_steps(utility, playing)
     data.say(
-        f"shed: {len(players.rows)} players, each tuning {utility.steps} steps of {utility.batch_size} rows, scored on "
+        f"shed: {len(playing.rows)} players, each tuning {tuning.steps} steps of {tuning.batch_size} rows, scored on "
         f"{len(dev)} rows; at most {budget} evaluations"
     )
-    port = data.open_utility(players.rows, players.names, dev, utility)
-    surrogate = _surrogate(data, players, utility, config)
-    found, removal = _value(data, port, surrogate, config, budget, len(players.rows))
-    return _scores(data, config, groups, players, found, surrogate, removal)
+    port = data.open_utility(playing.rows, playing.names, dev, tuning)
+    cheap = _surrogate(data, playing, tuning, config)
+    found, removal = _value(data, port, cheap, config, budget, len(playing.rows))
+    return _scores(data, config, groups, playing, found, cheap, removal)
 
 
 def player_count(rows: int, asked: int | None, budget: int) -> int:
@@ -181,7 +192,7 @@ def _surrogate(data: SelectionData, players: _Players, utility: UtilityConfig, c
         batch_size=utility.batch_size, lr=utility.lr, seed=data.seed,
     )  # fmt: skip
     owner = np.repeat(np.arange(len(players.rows)), [len(rows) for rows in players.rows])
-    return np.bincount(owner, np.nan_to_num(values), minlength=len(players.rows))
+    return np.bincount(owner, np.nan_to_num(values), minlength=len(players.rows)).astype(np.float64)
 
 
 def _value(
@@ -294,11 +305,11 @@ def _sample(
     """Order of the chosen rows, and the chance of every cluster to be drawn first."""
     ids = [data.rows.ids[i] for i in chosen]
     if config.sampling == "qocs":
-        return qocs(values, label, distance, ids), None
+        return drawing.qocs(values, label, distance, ids), None
     factor = 1.0 if config.mode == "shed-release" else config.factor  # the release has none
-    scaled = standardise(values, config.standardise) if config.mode == "standard" else values
-    order = qwcs(scaled, label, ids, factor=factor, seed=data.seed)
-    return order, cluster_probabilities(scaled, factor)
+    scaled = drawing.standardise(values, config.standardise) if config.mode == "standard" else values
+    order = drawing.qwcs(scaled, label, ids, factor=factor, seed=data.seed)
+    return order, drawing.cluster_probabilities(scaled, factor)
 
 
 def _table(
@@ -331,6 +342,6 @@ def _details(
         "estimator": found.method,
         "development": {"rows": len(players.dev), "from": "rows" if data.target is None else "target"},
         "surrogate_correlation": agreement,
-        "effective_clusters": None if chances is None else effective_clusters(chances),
+        "effective_clusters": None if chances is None else drawing.effective_clusters(chances),
         "removal": removal,
     }

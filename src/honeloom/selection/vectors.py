@@ -17,7 +17,7 @@ import numpy.typing as npt
 from honeloom.errors import SourceError
 from honeloom.runs.atomic import commit_point, rename, require_space
 
-__all__ = ["BLOCK", "blocks_of", "inverse_lengths", "read_vectors", "stored_vectors"]
+__all__ = ["BLOCK", "blocks_of", "inverse_lengths", "read_vectors", "stored_vectors", "unit_blocks"]
 
 Vectors = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -38,6 +38,34 @@ def inverse_lengths(vectors: Vectors) -> npt.NDArray[np.float32]:
         usable = np.isfinite(lengths) & (lengths > 0)
         found[part][usable] = 1.0 / lengths[usable]
     return found
+
+
+def unit_blocks(vectors: Vectors, *, standardise: bool) -> Iterator[Vectors]:
+    """Yield the rows of (N, d) with length 1, a block at a time; a row that is not finite, or zero, becomes zero.
+
+    With `standardise` every dimension is first shifted and scaled to mean 0 and variance 1 over
+    the finite rows.
+    """
+    mean, spread = _moments(vectors) if standardise else (0.0, 1.0)
+    for part in blocks_of(len(vectors)):
+        rows = (np.asarray(vectors[part], dtype=np.float64) - mean) / spread
+        lengths = np.linalg.norm(rows, axis=1)
+        usable = np.isfinite(lengths) & (lengths > 0)
+        scaled = np.zeros(rows.shape, dtype=np.float32)
+        scaled[usable] = rows[usable] / lengths[usable, None]
+        yield scaled
+
+
+def _moments(vectors: Vectors) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation of every dimension over the finite rows; a constant one gets 1."""
+    count, total, squares = 0, np.zeros(vectors.shape[1]), np.zeros(vectors.shape[1])
+    for part in blocks_of(len(vectors)):
+        rows = np.asarray(vectors[part], dtype=np.float64)
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
+    mean = total / max(count, 1)
+    variance = np.maximum(squares / max(count, 1) - mean**2, 0.0)
+    return mean, np.sqrt(np.where(variance > 1e-12 * (1 + mean**2), variance, 1.0))
 
 
 def stored_vectors(path: Path, blocks: Iterable[Array], n: int) -> Vectors:

@@ -21,7 +21,7 @@ from honeloom.evaluation.config import EvaluateConfig
 from honeloom.evaluation.statistics import Comparison, Estimate, macro_mean, paired_bootstrap, ratio_mean
 from honeloom.registry import load_target
 from honeloom.stages.inputs import ResolvedInput
-from honeloom.stages.row_records import training_digests, write_table
+from honeloom.stages.row_records import target_digests, training_digests, write_table
 from honeloom.stages.rows import limit_text, scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check, Metric
@@ -184,7 +184,13 @@ def _overlap(work: Work[EvaluateConfig], rows: RowSet) -> dict[str, Any]:
             f"{found['rows']} of {len(rows)} evaluation rows ask a question the model was tuned on "
             f"(first {first['where']}); the numbers flatter it"
         )
-    return {**found, "training_questions_known": len(known)}
+    chosen_by = overlap(target_digests(work.model()), rows)["rows"]
+    if chosen_by:
+        work.log.warn(
+            f"{chosen_by} of {len(rows)} evaluation rows ask a question by which the model's training rows were "
+            "chosen (--target); the numbers flatter the choice"
+        )
+    return {**found, "training_questions_known": len(known), "target_rows": chosen_by}
 
 
 def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence[Example]) -> dict[str, Any]:

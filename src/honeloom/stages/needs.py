@@ -20,6 +20,7 @@ from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
+from honeloom.selection.config import SelectConfig
 from honeloom.stages.runner import Job
 from honeloom.tuning.config import TuneConfig
 from honeloom.types.plans import Needs, Setting, StagePlan
@@ -181,6 +182,8 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
         eager=config.attn == "eager",
         host=not gpu,
     )
+    if isinstance(config, SelectConfig) and (tuned := config.method.tunes()):
+        return replace(work, mode="lora", rank=tuned[0], batch_size=tuned[1], states=2)
     if not isinstance(config, TuneConfig):
         return work
     return replace(

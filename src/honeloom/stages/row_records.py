@@ -16,17 +16,20 @@ from honeloom.types.rows import Row
 __all__ = [
     "CALIBRATION_FILE",
     "ROWS_FILE",
+    "TARGET_FILE",
     "ancestors",
     "find_row",
     "parents",
+    "target_digests",
     "through",
     "training_digests",
+    "write_questions",
     "write_table",
-    "write_training_rows",
 ]
 
 ROWS_FILE = "training_rows.parquet"
 CALIBRATION_FILE = "calibration_rows.parquet"
+TARGET_FILE = "target_rows.parquet"
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
@@ -34,21 +37,26 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
-def write_training_rows(folder: Path, rows: Iterable[Row]) -> None:
-    """Record id and question digest of every training row: for lineage and overlap checks, no text."""
+def write_questions(path: Path, rows: Iterable[Row]) -> None:
+    """Record id and question digest of rows: for lineage and overlap checks, no text."""
     ids, digests = [], []
     for row in rows:
         ids.append(row.id)
         digests.append(question_digest(row))
-    write_table(folder / ROWS_FILE, {"id": ids, "question": pa.array(digests, pa.binary())})
+    write_table(path, {"id": ids, "question": pa.array(digests, pa.binary())})
 
 
 def find_row(folder: Path, row_id: str) -> str | None:
-    """What a stage did with a row, or None: trained or calibrated on, (not) selected, rejected: why, evaluated on."""
+    """What a stage did with a row, or None.
+
+    Trained or calibrated on, chosen by (a row of the target), (not) selected, rejected: why, evaluated on.
+    """
     if _has(folder / ROWS_FILE, row_id):
         return "trained on"
     if _has(folder / CALIBRATION_FILE, row_id):
         return "calibrated on"
+    if _has(folder / TARGET_FILE, row_id):
+        return "chosen by"
     if (folder / "scores.parquet").exists():
         table = pq.read_table(folder / "scores.parquet", columns=["id", "selected"], filters=[("id", "=", row_id)])
         if table.num_rows:
@@ -76,12 +84,29 @@ def training_digests(model: Path) -> set[bytes]:
 
     Follows the chain of `inputs.json` as far as the folders still exist.
     """
-    digests: set[bytes] = set()
-    for folder in ancestors(model):
-        if (folder / ROWS_FILE).exists():
-            column = pq.read_table(folder / ROWS_FILE, columns=["question"])["question"]
-            digests.update(d for d in column.to_pylist() if d is not None)
-    return digests
+    return _questions(folder / ROWS_FILE for folder in ancestors(model))
+
+
+def target_digests(model: Path) -> set[bytes]:
+    """Question digests of the rows by which the training rows of a model, or of its ancestors, were chosen."""
+    return _questions(place / TARGET_FILE for folder in ancestors(model) for place in _rows_read(folder))
+
+
+def _rows_read(folder: Path) -> Iterator[Path]:
+    """Folders of the rows that a stage read."""
+    for entry in recorded_inputs(folder):
+        if entry["kind"] == "rows":
+            places = [folder / entry["relative"]] if entry["relative"] else [Path(p) for p in entry["paths"]]
+            yield from (p if p.is_dir() else p.parent for p in places)
+
+
+def _questions(files: Iterable[Path]) -> set[bytes]:
+    found: set[bytes] = set()
+    for file in files:
+        if file.exists():
+            column = pq.read_table(file, columns=["question"])["question"]
+            found.update(d for d in column.to_pylist() if d is not None)
+    return found
 
 
 def ancestors(model: Path) -> Iterator[Path]:

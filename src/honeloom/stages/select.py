@@ -21,7 +21,7 @@ from honeloom.registry import family
 from honeloom.runs.journal import read_journal
 from honeloom.selection.choose import rows_to_keep, take_best
 from honeloom.selection.config import SelectConfig
-from honeloom.stages.row_records import write_table
+from honeloom.stages.row_records import TARGET_FILE, write_questions, write_table
 from honeloom.stages.rows import limit_text, scan
 from honeloom.stages.select_ports import LEDGER, Ports
 from honeloom.stages.work import Outcome, Work
@@ -49,7 +49,7 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     method = family("selection").load(config.method.type)
     settings = {name: getattr(config.method, name) for name in type(config.method).model_fields if name != "type"}
     amount, unit = config.keep_amount()
-    wanted = rows_to_keep(amount, unit, len(rows)) if unit != "tokens" else None
+    wanted = None if unit == "tokens" else rows_to_keep(amount, unit, len(rows))
     scores: Scores = method(ports.data(rows, target, wanted), **settings)
     ports.close()
     plan = _choose(work, rows, scores, ports.scorer)
@@ -58,6 +58,8 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     write_rejected(rows.rejected, work.dir / "rejected.parquet")
     _write_scores(work, rows, scores, plan)
     _write_clusters(work, scores)
+    if target is not None:
+        write_questions(work.dir / TARGET_FILE, target)
     (work.dir / LEDGER).touch()  # most methods evaluate no utility
     details = {
         "rows_in": rows.counts.rows_in,
@@ -67,7 +69,7 @@ def execute(work: Work[SelectConfig]) -> Outcome:
         "evaluations": 0,
         "noise": _noise(scores),
         "rejected": dict(Counter(r.kind for r in rows.rejected)),
-        **{name: value for name, value in scores.details.items()},
+        **scores.details,
     }
     checks = _verify(work, rows, plan, selected.name, details)
     kept = Metric("rows_kept", len(plan.keep), len(rows), "rows", True, None, "all")
@@ -85,7 +87,7 @@ def _without_target(work: Work[SelectConfig], rows: RowSet, target: RowSet) -> R
     found = list(repeats(work.log.track(target, "read the target", len(target)), rows))
     if not found:
         return rows
-    place, row, what = found[0]
+    _, row, what = found[0]
     told = f"{len(found)} of {len(rows)} rows repeat a row of the target (first {row.where}: {what})"
     if work.config.overlap == "refuse":
         raise RowsError(

@@ -16,9 +16,8 @@ from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target
 from honeloom.selection.config import SelectConfig, UtilityConfig
-from honeloom.selection.groups import unit_blocks
 from honeloom.selection.tfidf import tfidf_vectors
-from honeloom.selection.vectors import read_vectors, stored_vectors
+from honeloom.selection.vectors import read_vectors, stored_vectors, unit_blocks
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.work import Work
 from honeloom.types.ports import GradientPort, RowTable, SelectionData, UtilityPort, Vectors
@@ -117,10 +116,11 @@ class Ports:
         """The model with fresh adapters, as one that compares gradients."""
         found, config = self._model(), self._work.config
         gradients = load_target("honeloom.backends.hf.gradients:RowGradients")
-        return gradients.open(
+        port: GradientPort = gradients.open(
             found.paths[0], base=found.base, loading=Loading.of(config), rank=rank, seed=config.seed,
             batch_size=config.batch_size, max_length=config.max_length, progress=self._work.log.track,
         )  # fmt: skip
+        return port
 
     def utility(
         self, players: Sequence[Sequence[Row]], names: Sequence[str], dev: Sequence[Row], settings: UtilityConfig
@@ -133,10 +133,11 @@ class Ports:
             found.paths[0], found.base, found.fingerprint, Loading.of(config), settings.rank, config.seed,
             config.batch_size, config.max_length,
         )  # fmt: skip
-        return load_target("honeloom.backends.hf.utility:TuningUtility")(
+        port: UtilityPort = load_target("honeloom.backends.hf.utility:TuningUtility")(
             model, players, names, dev, steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr,
             score=settings.score, seed=config.seed,
         )  # fmt: skip
+        return port
 
     @contextmanager
     def evaluations(self, fingerprint: str, budget: int) -> Iterator[tuple[Ledger, Executor]]:

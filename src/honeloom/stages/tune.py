@@ -24,7 +24,7 @@ from honeloom.planning.memory import peak_memory, read_decoder
 from honeloom.runs.output import published_name
 from honeloom.runs.processes import sharded, world_size
 from honeloom.stages.needs import work_of
-from honeloom.stages.row_records import write_training_rows
+from honeloom.stages.row_records import ROWS_FILE, write_questions
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.tuning.config import LoraMethodConfig, TuneConfig
@@ -82,7 +82,7 @@ def execute(work: Work[TuneConfig]) -> Outcome:
         return Outcome("model" if full else "adapter")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _save(work, model, compute if full else None)
-    write_training_rows(work.dir, rows.take([kept[i] for i in trained.seen]))
+    write_questions(work.dir / ROWS_FILE, rows.take([kept[i] for i in trained.seen]))
     logits = row_logits(model, probes)
     del model  # one model at a time: a second copy may not fit
     release_memory()

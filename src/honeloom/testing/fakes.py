@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from honeloom.types.rows import Row, Turn, Where
 
-__all__ = ["FakeLoss", "FakeModel", "FakeRows", "chat_row"]
+__all__ = ["FakeGradients", "FakeLoss", "FakeModel", "FakeRows", "chat_row"]
 
 
 def chat_row(row_id: str, prompt: str, answer: str, *, domain: str | None = None, source: str = "fake") -> Row:
@@ -79,3 +82,63 @@ class FakeModel:
             if value is not None:
                 tokens = max(1, self.count_tokens(row.response))
                 yield row, FakeLoss(value * tokens, tokens, with_prompt and row.id in self._cut)
+
+
+class FakeGradients:
+    """A GradientPort of a linear regression: the loss of a row (x, y) is (w x - y)^2 / 2, and steps are plain SGD.
+
+    Parameters
+    ----------
+    point : callable
+        Row -> (x, y) with x of shape (d,); None means that the row has no scored token.
+    start : array of shape (d,)
+        The weights w before any step.
+    """
+
+    def __init__(self, point: Callable[[Row], tuple[npt.ArrayLike, float] | None], start: npt.ArrayLike) -> None:
+        self._point = point
+        self._start = np.asarray(start, dtype=np.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Put the weights back."""
+        self.weights = self._start.copy()
+        self._direction = np.zeros_like(self.weights)
+
+    def gradients(self, rows: Iterable[Row]) -> npt.NDArray[np.float64]:
+        """Gradients (n, d) at the present weights; NaN for rows without a scored token."""
+        found = []
+        for row in rows:
+            point = self._point(row)
+            x, y = (
+                (np.asarray(point[0], dtype=np.float64), point[1])
+                if point
+                else (np.full_like(self.weights, np.nan), 0.0)
+            )
+            found.append((x @ self.weights - y) * x)
+        return np.array(found)
+
+    def aim(self, target: Sequence[Row]) -> None:
+        """Hold the target's mean gradient."""
+        self._direction = np.nanmean(self.gradients(target), axis=0)
+
+    def train(self, rows: Sequence[Row], *, lr: float) -> npt.NDArray[np.float64]:
+        """One step of SGD; what it lowers the target's loss by, by row."""
+        gradients = self.gradients(rows)
+        known = np.isfinite(gradients).all(axis=1)
+        if known.any():
+            self.weights = self.weights - lr * gradients[known].mean(axis=0)
+        owed: npt.NDArray[np.float64] = lr / max(1, int(known.sum())) * (gradients @ self._direction)
+        return owed
+
+    def alignments(self, rows: Sequence[Row]) -> npt.NDArray[np.float64]:
+        """Inner products of the rows' gradients with the target's."""
+        products: npt.NDArray[np.float64] = self.gradients(rows) @ self._direction
+        return products
+
+    def sketches(self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False) -> npt.NDArray[np.float32]:
+        """The gradients themselves and zeros, (n, size); `as_adam` gives their signs, Adam's first step."""
+        gradients = self.gradients(rows)
+        found = np.zeros((len(gradients), size), dtype=np.float32)
+        found[:, : gradients.shape[1]] = np.sign(gradients) if as_adam else gradients
+        return found

@@ -71,7 +71,7 @@ class EmbedPort(Protocol):
     """Turns rows into vectors."""
 
     def __call__(self, rows: RowTable, how: Any) -> Vectors:
-        """Vectors (N, d), maybe a memory map; a row that has none is NaN. `how` is an `Embedding`."""
+        """Vectors (N, d) of length 1, maybe a memory map; a row that has none is zero. `how` is an `Embedding`."""
 
 
 class GradientPort(Protocol):
@@ -81,13 +81,20 @@ class GradientPort(Protocol):
     """
 
     def reset(self) -> None:
-        """Put the adapters back where they began, bit for bit."""
+        """Put the adapters back where they began, bit for bit; the optimizer and what is aimed at are forgotten."""
 
-    def train(self, rows: Sequence[Row], *, lr: float) -> None:
-        """One optimizer step on the mean loss of these rows."""
+    def aim(self, target: Sequence[Row]) -> None:
+        """Hold the mean gradient of these rows at the present weights, for `train` and `alignments`."""
 
-    def alignments(self, rows: Sequence[Row], target: Sequence[Row]) -> Values:
-        """Inner products (n,) of the rows' gradients with the mean gradient of the target rows, at present weights."""
+    def train(self, rows: Sequence[Row], *, lr: float) -> Values:
+        """One optimizer step on the mean loss of these rows.
+
+        Returns, (n,), by how many nats the step lowers what is aimed at on account of every row,
+        to first order; zeros where nothing is aimed at.
+        """
+
+    def alignments(self, rows: Sequence[Row]) -> Values:
+        """Inner products (n,) of the rows' gradients with what is aimed at, at the present weights."""
 
     def sketches(self, rows: Sequence[Row], *, size: int, seed: int, as_adam: bool = False) -> Vectors:
         """Random projections (n, size) of the rows' gradients, or of the steps Adam would take with them.
@@ -111,11 +118,8 @@ class UtilityPort(Protocol):
         """The same, with the random numbers of the `repeat`-th time (from 0)."""
 
 
-def _absent(what: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ConfigError(f"{what} needs a model; give one (--model)")
-
-    return refuse
+def _no_model(*_: Any, **__: Any) -> NoReturn:
+    raise ConfigError("the method asks for vectors, gradients or tunings, and no model was given (--model)")
 
 
 def _nothing_kept(fingerprint: str, budget: int) -> AbstractContextManager[tuple[Any, Any]]:
@@ -164,9 +168,9 @@ class SelectionData:
     target: RowTable | None = None
     budget: int | None = None
     wanted: int | None = None
-    embed: EmbedPort = _absent("an embedding")
-    open_gradients: Callable[[int], GradientPort] = _absent("a gradient")
-    open_utility: Callable[..., UtilityPort] = _absent("a utility")
+    embed: EmbedPort = _no_model
+    open_gradients: Callable[[int], GradientPort] = _no_model
+    open_utility: Callable[..., UtilityPort] = _no_model
     open_evaluations: Callable[[str, int], AbstractContextManager[tuple[Any, Any]]] = _nothing_kept
     say: Callable[[str], None] = _silent
     warn: Callable[[str], None] = _silent

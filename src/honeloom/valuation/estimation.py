@@ -39,7 +39,7 @@ def estimate(
     budget: int | None = None,
     seed: int = 0,
     stop: StoppingRule | None = None,
-    surrogate: Sequence[float] | None = None,
+    surrogate: Sequence[float] | npt.NDArray[Any] | None = None,
     ledger: Ledger | None = None,
     executor: Executor | None = None,
     say: Callable[[str], None] | None = None,
@@ -71,7 +71,7 @@ def estimate(
         Every coalition that is asked for follows from it.
     stop : StoppingRule or None
         Ends before the budget does.
-    surrogate : sequence of float or None
+    surrogate : sequence or array of float or None
         Cheap values of the players, for `control_variate`.
     ledger : Ledger or None
         Keeps every evaluation on disk, so that none is paid twice.

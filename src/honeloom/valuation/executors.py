@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -135,9 +136,13 @@ class ProcessPool:
             self._utility = utility
         return self._pool
 
-    def close(self) -> None:
-        """End the processes."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End the processes, after the evaluations that are under way or in the midst of them."""
         if self._pool is not None:
+            # Python 3.14 has terminate_workers for this.
+            running = list((self._pool._processes or {}).values()) if at_once else []
+            for process in running:
+                process.terminate()
             self._pool.shutdown(cancel_futures=True)
         self._pool = self._utility = None
 
@@ -147,7 +152,7 @@ class ProcessPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(at_once=error is not None)  # whoever stops a run should not wait for a tuning to end
 
 
 _held: list[Utility] = []
@@ -155,6 +160,7 @@ _held: list[Utility] = []
 
 
 def _hold(blob: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leading process answers it
     _held[:] = [pickle.loads(blob)]
 
 

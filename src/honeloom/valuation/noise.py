@@ -19,7 +19,8 @@ MOST_REPEATS = 5
 def measure_noise(game: Game, *, most: int) -> Noise:
     """Evaluate v(N) and v(empty), repeatedly while that shows noise, and predict what the budget can do.
 
-    Two equal repeats of both mean a utility without noise, and end the probing.
+    A coalition whose repeats are equal draws no random numbers (a model that is not tuned): it tells
+    nothing about the noise and is not repeated further. Where both do, the utility has no noise.
 
     Parameters
     ----------
@@ -37,25 +38,27 @@ def measure_noise(game: Game, *, most: int) -> Noise:
     both = np.array([[True] * n, [False] * n])
     rounds = [game.evaluate(both)]
     game.full, game.empty = (float(v) for v in rounds[0])
-    while len(rounds) < min(MOST_REPEATS, most // 2) and not _repeats_itself(rounds):
-        rounds.append(game.evaluate(both))
+    draws = np.array([True, True])
+    while len(rounds) < min(MOST_REPEATS, most // 2) and draws.any():
+        again = np.full(2, math.nan)
+        again[draws] = game.evaluate(both[draws])
+        draws &= ~np.equal(again, rounds[0])
+        rounds.append(again)
     table = np.array(rounds)
     known = np.isfinite(table)
     for name, column, valid in zip(("full", "empty"), table.T, known.T, strict=True):
         setattr(game, name, float(column[valid].mean()) if valid.any() else math.nan)
     game.repeats = int(known.sum(0).min())
-    freedom = int((known.sum(0) - 1).clip(min=0).sum())
+    spread = np.where(known, table - np.array([game.full, game.empty]), 0.0)[:, draws]
+    freedom = int((known.sum(0) - 1).clip(min=0)[draws].sum())
     if freedom:
-        centred = np.where(known, table - np.array([game.full, game.empty]), 0.0)
-        game.noise_sd = 0.0 if _repeats_itself(rounds) else math.sqrt(float((centred**2).sum()) / freedom)
+        game.noise_sd = math.sqrt(float((spread**2).sum()) / freedom)
+    elif not draws.any():
+        game.noise_sd = 0.0
     if not math.isfinite(game.margin):
         return Noise(game.noise_sd, None, None)
     rho = predict_rho(n, game.remaining, noise_sd=game.noise_sd or 0.0, value_sd=abs(game.margin))
     return Noise(game.noise_sd, game.margin, rho)
-
-
-def _repeats_itself(rounds: list[np.ndarray[tuple[int], np.dtype[np.float64]]]) -> bool:
-    return len(rounds) > 1 and all(np.array_equal(r, rounds[0], equal_nan=True) for r in rounds)
 
 
 def predict_rho(n_players: int, evaluations: int, *, noise_sd: float, value_sd: float) -> float:

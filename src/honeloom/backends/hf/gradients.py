@@ -9,7 +9,7 @@ with a given direction, its gradient, or a projection of it needs no backward pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ MAX_GRAD_NORM = 1.0
 """Of a step, as in `local_steps`."""
 ADAM = AdamWConfig()
 SETTLED = 10
-"""Steps after which Adam's second moments may be taken from the step before; until then a batch is gone through twice."""
+"""Steps after which Adam's scale may be taken from the step before; until then a batch is gone through twice."""
 
 
 def _no_progress(rows: Iterable[Row], label: str, total: int | None) -> Iterable[Row]:
@@ -145,7 +145,7 @@ class RowGradients:
         """
         if self._optimizer is None:
             self._optimizer = build_optimizer(self.model, ADAM, lr)
-        if self._steps < SETTLED:  # v changes too much to take it from before the step
+        if self._direction and self._steps < SETTLED:  # v changes too much to take it from before the step
             self._mean_gradient(rows)
             norm = torch.nn.utils.clip_grad_norm_(self._weights(), MAX_GRAD_NORM)
             gradient = self._take_gradient()
@@ -153,7 +153,8 @@ class RowGradients:
             self._put_gradient(gradient)
         else:
             found = self._products(rows, {n: d * self._scale(n) for n, d in self._direction.items()})
-            self._put_gradient({n: g / np.isfinite(found).sum() for n, g in self._take_gradient().items()})
+            scored = max(1, int(np.isfinite(found).sum()))
+            self._put_gradient({n: g / scored for n, g in self._take_gradient().items()})
             norm = torch.nn.utils.clip_grad_norm_(self._weights(), MAX_GRAD_NORM)
         count = int(np.isfinite(found).sum())
         if count:
@@ -225,10 +226,9 @@ class RowGradients:
             sums = torch.zeros(len(batch), dtype=torch.float64)
 
             def observe(name: str, x: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor = sums) -> None:
-                if direction:
-                    sums += _inner(x, grad, direction[name]).cpu().double()
+                sums += _inner(x, grad, direction[name]).cpu().double()
 
-            with self._watched(len(batch), observe):
+            with self._watched(len(batch), observe) if direction else nullcontext():
                 self._backward(batch)
             found[places] = sums.numpy()
         return found
@@ -272,7 +272,7 @@ class RowGradients:
         for name, linear in self._linears.items():
             linear.weight.grad = gradient[name]
 
-    def _weights(self) -> list[torch.nn.Parameter]:
+    def _weights(self) -> list[torch.Tensor]:
         return [linear.weight for linear in self._linears.values()]
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[tuple[list[int], list[Encoded]]]:

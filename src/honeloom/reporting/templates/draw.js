@@ -15,7 +15,8 @@
     if (value !== null && typeof value === "object")
       return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, dress(v, k, look)]));
     if (typeof value !== "string") return value;
-    if (key.endsWith("color")) return value.startsWith("--") ? look.style.getPropertyValue(value).trim() : value;
+    if (key.endsWith("color") || key === "colorscale")
+      return value.startsWith("--") ? look.style.getPropertyValue(value).trim() : value;
     if (key === "ticktext") return plain(cut(value, look.narrow ? 16 : 48));
     return key === "text" || key === "name" ? plain(cut(value, 80)) : value;
   }
