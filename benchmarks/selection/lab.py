@@ -104,8 +104,8 @@ def two_fold(bench: Bench, seed: int) -> Values:
     return values
 
 
-def measure_all(bench: Bench, seeds: Sequence[int]) -> None:
-    """Baselines, then the three methods with the lab's settings and with the defaults."""
+def measure_all(bench: Bench, seeds: Sequence[int], *, more: bool) -> None:
+    """Baselines, then the methods with the lab's settings; `more`: the paper's mode of `less`, and the defaults."""
     every = list(range(len(bench.pool)))
     bench.port.reset()
     bench.measure("loss under the base", seeds[:1], lambda seed: -bench.losses(every))
@@ -118,6 +118,8 @@ def measure_all(bench: Bench, seeds: Sequence[int]) -> None:
     tuning = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "rank": RANK, "target_rows": 128}
     run("in_run", in_run, seeds[:1], tuning)
     run("tracin", tracin, seeds[:1], LAB)
+    if not more:
+        return
     run("less, mode less-paper", less, seeds[:1], LAB | {"size": 2048, "mode": "less-paper"})
     run("less, defaults", less, seeds[:1], DEFAULT | {"size": 8192, "mode": "standard"})
     run("in_run, defaults", in_run, seeds[:1], tuning | {"epochs": 1, "lr": 2e-4})
@@ -157,6 +159,8 @@ scores the other half. The defaults (lr 2e-4, warm-up on 5 %) are meant for real
 """
 
 CAUSES = """\
+- Where the bar or the goal is missed by `less`, it is by 0.001 to 0.003, less than its two seeds differ (0.025); more
+  seeds are needed to tell.
 - `in_run` and `tracin` stay below the two-fold loss as finders of wrong rows. Both sum products with the target's mean
   gradient. While the model still learns the form of the answers, a wrong row teaches it as well as a right one, and
   these early steps have the largest products. That is what the methods measure (the fall of the target's loss, above),
@@ -165,8 +169,9 @@ CAUSES = """\
 - Sums over checkpoints, as in the paper's `less`, are led by those at a high rate, where the target's gradient points
   back along the last steps. With the same warm-up, the mean cosine at each of the four checkpoints alone gave 0.69,
   0.65, 0.92 and 0.92 on all rows, and its sum weighted by rate 0.76 (seed 0).
-- The defaults need a model that a rate of 2e-4 moves. This one has hardly left its base after so few steps at that
-  rate, and there gradients say little about wrong answers (0.52 to 0.58 at the base itself).
+- The default settings, and the mode less-paper with this benchmark's settings, have not been measured here; `--more`
+  adds both. At the base itself, which a rate of 2e-4 leaves slowly, gradients say little about wrong answers: the mean
+  dot product and cosine with the target gave 0.48 to 0.58 on all rows.
 """
 
 
@@ -217,12 +222,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result", type=Path, default=Path(__file__).with_name("LAB.md"), help="file to write")
     parser.add_argument("--seeds", type=int, default=2, help="how many seeds")
+    parser.add_argument("--more", action="store_true", help="also the paper's mode of less, and the default settings")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     port = RowGradients.open(lab.base_path(), loading=Loading("cpu", "fp32", attn="eager"), rank=RANK, batch_size=64)
     bench = Bench(rows_of("pool"), rows_of("dev"), port)
     fall = measure_fall(bench)
-    measure_all(bench, range(arguments.seeds))
+    measure_all(bench, range(arguments.seeds), more=arguments.more)
     arguments.result.write_text(section(bench, fall, time.process_time()), encoding="utf-8")
 
 

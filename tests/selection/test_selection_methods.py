@@ -29,9 +29,11 @@ def data(rows, loss=lambda row, with_prompt: 1.0, seed=0, cut=()):
     return SelectionData(FakeRows(rows), lambda: FakeModel(loss, cut), seed)
 
 
-@pytest.mark.parametrize("name", family("selection").names())
+@pytest.mark.parametrize("name", [n for n in family("selection").names() if n != "scores"])  # that one needs a file
 def test_every_selector_conforms(name):
-    check_selector(family("selection").load(name))
+    config = family("selection").load_config(name)()
+    settings = {field: getattr(config, field) for field in type(config).model_fields if field != "type"}
+    check_selector(family("selection").load(name), **settings)
 
 
 def test_length_counts_response_tokens():

@@ -10,7 +10,9 @@ from honeloom.errors import ConfigError, UnknownNameError
 from honeloom.testing import games
 from honeloom.valuation import KnnUtility, estimate
 from honeloom.valuation.config import RegressionConfig
-from honeloom.valuation.noise import predict_rho
+from honeloom.valuation.executors import Inline
+from honeloom.valuation.game import Game
+from honeloom.valuation.noise import measure_noise, predict_rho
 from honeloom.valuation.stopping import spearman
 
 N = 40
@@ -282,3 +284,19 @@ def test_a_settings_object_is_a_method():
     by_object = estimate(utility, N, method=RegressionConfig(paired=True), **options)
     assert by_object == estimate(utility, N, method={"type": "regression", "paired": True}, **options)
     assert by_object != estimate(utility, N, method="regression", **options)
+
+
+def test_a_value_that_never_varies_does_not_hide_the_noise_of_the_other():
+    """v(empty) of a tuning is the model as it is: pooling its zero spread would halve the variance."""
+
+    class Tuning:
+        def __call__(self, coalition):
+            return self.evaluate(coalition, 0)
+
+        def evaluate(self, coalition, repeat):
+            return 1.0 + (-1) ** repeat * 0.1 if coalition else 0.0
+
+    game = Game(Tuning(), 8, budget=100, seed=0, executor=Inline())
+    noise = measure_noise(game, most=10)
+    assert noise.sd == pytest.approx(np.std([1.1, 0.9, 1.1, 0.9, 1.1], ddof=1))
+    assert game.spent == 5 + 2

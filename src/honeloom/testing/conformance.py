@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from honeloom.ops.noise import keyed_uniform
 from honeloom.selection.choose import take_best
-from honeloom.testing.fakes import FakeModel, FakeRows, chat_row
+from honeloom.selection.vectors import unit_blocks
+from honeloom.testing.fakes import FakeGradients, FakeModel, FakeRows, FakeUtility, chat_row
 from honeloom.types.plans import Scores
 from honeloom.types.ports import RowTable, SelectionData, Vectors
 from honeloom.types.rows import Row
@@ -41,8 +43,14 @@ def _word_loss(row: Row, with_prompt: bool) -> float | None:
 def _toy_vectors(rows: RowTable, how: Any) -> Vectors:
     """Eight numbers per row that follow from its id; one row has none."""
     vectors = np.stack([keyed_uniform(0, f"toy/{j}", rows.ids) - 0.3 for j in range(8)], axis=1).astype(np.float32)
-    vectors[[i for i, name in enumerate(rows.ids) if name.endswith("-7")]] = np.nan
-    return vectors
+    vectors[[i for i, name in enumerate(rows.ids) if name.endswith("-7")]] = 0.0
+    return next(unit_blocks(vectors, standardise=False))
+
+
+def _toy_point(row: Row) -> tuple[npt.NDArray[np.float64], float] | None:
+    """A row of a linear regression that follows from its id; one row has none."""
+    x = np.array([keyed_uniform(0, f"point/{j}", [row.id])[0] - 0.5 for j in range(3)])
+    return None if row.id.endswith("-7") else (x, float(x.sum()))
 
 
 def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
@@ -52,7 +60,7 @@ def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
     row, not its place: reordering the rows reorders the scores, and the order of taking them
     where the method gives one, which lists every row once; and rows that cannot be scored are
     -inf, so that they are chosen last whichever end is the better one. The method gets a model,
-    a target and vectors that are made up from the rows; 8 rows are wanted.
+    a target, vectors, gradients and a utility that are made up from the rows; 8 rows are wanted.
 
     Raises
     ------
@@ -64,7 +72,8 @@ def check_selector(method: Callable[..., Scores], **settings: Any) -> None:
     def score(order: Sequence[Row]) -> Scores:
         data = SelectionData(
             FakeRows(order), lambda: FakeModel(_word_loss), seed=3, target=FakeRows(target), wanted=8,
-            embed=_toy_vectors,
+            embed=_toy_vectors, open_gradients=lambda rank: FakeGradients(_toy_point, np.zeros(3)),
+            open_utility=lambda players, *_: FakeUtility(players, lambda row: keyed_uniform(0, "worth", [row.id])[0]),
         )  # fmt: skip
         return method(data, **settings)
 

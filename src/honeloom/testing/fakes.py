@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from honeloom.types.rows import Row, Turn, Where
 
-__all__ = ["FakeGradients", "FakeLoss", "FakeModel", "FakeRows", "chat_row"]
+__all__ = ["FakeGradients", "FakeLoss", "FakeModel", "FakeRows", "FakeUtility", "chat_row"]
 
 
 def chat_row(row_id: str, prompt: str, answer: str, *, domain: str | None = None, source: str = "fake") -> Row:
@@ -142,3 +142,33 @@ class FakeGradients:
         found = np.zeros((len(gradients), size), dtype=np.float32)
         found[:, : gradients.shape[1]] = np.sign(gradients) if as_adam else gradients
         return found
+
+
+class FakeUtility:
+    """A UtilityPort: an additive game in which a row is worth what `worth` says.
+
+    Parameters
+    ----------
+    players : sequence of sequence of Row
+        Rows of every player.
+    worth : callable
+        Row -> its part of the value.
+    empty : float
+        Value of no rows.
+    """
+
+    fingerprint = "fake"
+
+    def __init__(self, players: Sequence[Sequence[Row]], worth: Callable[[Row], float], empty: float = 0.0) -> None:
+        self.values = [sum(worth(row) for row in rows) for rows in players]
+        self.empty = empty
+        self.calls = 0
+
+    def __call__(self, coalition: frozenset[int]) -> float:
+        """Value of a set of players."""
+        return self.evaluate(coalition, 0)
+
+    def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
+        """The same, however often it is asked for."""
+        self.calls += 1
+        return self.empty + sum(self.values[i] for i in sorted(coalition))
