@@ -290,8 +290,9 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         "wrong answers of the lab in [LAB.md](LAB.md).",
         "",
         f"Pool: 5,559 rows of 21 domains, labels hidden; 10% are kept. LoRA of rank 8, {STEPS} steps of {BATCH} rows, "
-        f"at most {LENGTH} tokens; learning rates {LR}. A utility tunes {TUNING['steps']} steps of {TUNING['batch_size']} rows and "
-        f"scores {TUNING['target_rows']} target rows; tests are 120 other rows. Budget: {BUDGET} evaluations. {WORKERS} "
+        f"at most {LENGTH} tokens; learning rates {LR}. A utility tunes {TUNING['steps']} steps of "
+        f"{TUNING['batch_size']} rows and scores {TUNING['target_rows']} target rows; tests are 120 other rows. Budget: "
+        f"{BUDGET} evaluations. {WORKERS} "
         "processes on two cores of a shared machine. Differences are means over seeds with 95% intervals (paired); "
         f"{len(SOME)} seeds for the rivals, {len(FEW)} for all rows at equal epochs, else {len(SEEDS)}.",
         "",
@@ -317,8 +318,8 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         "",
         "## Published selections of Alpaca",
         "",
-        f"{ALPACA:,} Alpaca rows valued with stories260k on a held-out part of them (no target), 90 evaluations; share of the "
-        "top decile that a published selection holds too.",
+        f"{ALPACA:,} Alpaca rows valued with stories260k on a held-out part of them (no target), 90 evaluations; share "
+        "of the top decile that a published selection holds too.",
         "",
         "| published selection | our top decile | all rows |",
         "|---|---|---|",

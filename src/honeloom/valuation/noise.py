@@ -42,7 +42,8 @@ def measure_noise(game: Game, *, most: int) -> Noise:
     while len(rounds) < min(MOST_REPEATS, most // 2) and draws.any():
         again = np.full(2, math.nan)
         again[draws] = game.evaluate(both[draws])
-        draws &= ~np.equal(again, rounds[0])
+        if len(rounds) == 1:
+            draws = ~np.equal(again, rounds[0])
         rounds.append(again)
     table = np.array(rounds)
     known = np.isfinite(table)
