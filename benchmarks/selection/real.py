@@ -32,12 +32,13 @@ from honeloom.backends.hf.utility import TunableModel, TuningUtility
 from honeloom.data.rowset import RowSet
 from honeloom.data.sources import resolve_sources
 from honeloom.ops.noise import keyed_uniform
+from honeloom.selection.config import ShedConfig
 from honeloom.selection.sampling import qwcs, standardise
 from honeloom.types.rows import Row
 
 HERE = Path(__file__).resolve().parent
 SEEDS = range(10)
-SOME, FEW = range(5), range(3)
+SOME, FEW = range(3), range(2)
 WORKERS = 2
 KEEP = 0.1
 WANTED = {"gsm8k": ("math", "math-competition"), "code": ("code",)}
@@ -45,9 +46,13 @@ SOURCES = {"gsm8k": ("gsm8k",), "code": ("codealpaca", "gpteacher-codegen")}
 LR = {"base6m": 5e-3, "stories260k": 1e-2}
 BUDGET = {"base6m": 100, "stories260k": 200}
 TUNING = {"steps": 8, "batch_size": 8, "target_rows": 48}
-STEPS, BATCH = 30, 8
+STEPS, BATCH = 20, 8
 LENGTH = 128
 ALPACA = 3000
+DRAW = ShedConfig()
+"""How rows are drawn from the values."""
+VALUED = {"standardise": "rank", "factor": 8.0}
+"""The draw of the valuation's own folder; the values do not depend on it."""
 RIVALS = ("dsir", "ifd", "length", "k_center", "dq")
 
 
@@ -82,7 +87,7 @@ def prepare(data: Path, out: Path) -> dict[str, str]:
         rows = [r for s in sources for r in read(data / "instruct" / f"{s}.jsonl.gz") if r["id"] not in inside]
         rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
         write(out / f"{name}-target.jsonl", rows[:128])
-        write(out / f"{name}-test.jsonl", rows[128:248])
+        write(out / f"{name}-test.jsonl", rows[128:208])
     return {row["id"]: row["domain"] for row in pool}
 
 
@@ -110,7 +115,7 @@ def drawn(folder: Path, seed: int) -> list[str]:
     table = table.filter(table["cluster"].is_valid())
     values = np.array(pq.read_table(folder / "clusters.parquet")["value"].to_pylist())
     ids, label = table["id"].to_pylist(), np.array(table["cluster"].to_pylist())
-    order = qwcs(standardise(values, "rank"), label, ids, factor=8.0, seed=seed)
+    order = qwcs(standardise(values, DRAW.standardise), label, ids, factor=DRAW.factor, seed=seed)
     return [ids[i] for i in order[: len(selected(folder))]]
 
 
@@ -129,7 +134,7 @@ def run_trial(data: Path, out: Path, trial: Trial) -> float:
         data / "models" / trial.model, None, trial.model, Loading("cpu"), 8, trial.seed, 16, LENGTH
     )  # fmt: skip
     utility = TuningUtility(
-        model, [[row] for row in rows], [row.id for row in rows], test, steps=trial.steps, batch_size=BATCH,
+        model, [[row] for row in rows], test, steps=trial.steps, batch_size=BATCH,
         lr=LR[trial.model], score="loss", seed=trial.seed,
     )  # fmt: skip
     return -utility(frozenset(range(len(rows))))
@@ -146,7 +151,8 @@ def plan(data: Path, out: Path, domains: dict[str, str]) -> tuple[list[Trial], l
 
     def choose(method: str, model: str, target: str, **settings: Any) -> Path:
         folder, seconds = select(data, out, method, model, target, **settings)
-        ids = selected(folder)
+        sets = [drawn(folder, seed) for seed in SEEDS] if method == "shed" else [selected(folder)]
+        ids = [i for one in sets for i in one]
         share = sum(domains[i] in WANTED[target] for i in ids) / len(ids)
         all_of = sum(d in WANTED[target] for d in domains.values()) / len(domains)
         details = json.loads((folder / "report.json").read_text())["details"]
@@ -162,7 +168,7 @@ def plan(data: Path, out: Path, domains: dict[str, str]) -> tuple[list[Trial], l
     shed = {}
     for model, target in (("stories260k", "gsm8k"), ("base6m", "gsm8k"), ("base6m", "code")):
         shed[model, target] = choose(
-            "shed", model, target, players=BUDGET[model] // 2, utility={**TUNING, "lr": LR[model]}
+            "shed", model, target, players=BUDGET[model] // 2, utility={**TUNING, "lr": LR[model]}, **VALUED
         )
     for target in WANTED:
         add("shed", "base6m", target, [drawn(shed["base6m", target], seed) for seed in SEEDS])
@@ -291,9 +297,11 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         "",
         f"Pool: 5,559 rows of 21 domains, labels hidden; 10% are kept. LoRA of rank 8, {STEPS} steps of {BATCH} rows, "
         f"at most {LENGTH} tokens; learning rates {LR}. A utility tunes {TUNING['steps']} steps of "
-        f"{TUNING['batch_size']} rows and scores {TUNING['target_rows']} target rows; tests are 120 other rows. "
+        f"{TUNING['batch_size']} rows and scores {TUNING['target_rows']} target rows; tests are 80 other rows. "
         f"Budget: {BUDGET} evaluations. {WORKERS} "
-        "processes on two cores of a shared machine. Differences are means over seeds with 95% intervals (paired); "
+        "processes on two cores of a shared machine. SHED's shares are means over its draws (QWCS on z-scores, factor "
+        f"{DRAW.factor}; chosen among z and rank, factor 1 to 12, by the share of maths rows of one valuation). "
+        " Differences are means over seeds with 95% intervals (paired); "
         f"{len(SOME)} seeds for the rivals, {len(FEW)} for all rows at equal epochs, else {len(SEEDS)}.",
         "",
         "## Bars",

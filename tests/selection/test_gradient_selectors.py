@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from honeloom.errors import RowsError
 from honeloom.selection.in_run import draw, first_order_values, in_run, row_batches
 from honeloom.selection.influence import checkpoint_rates, cosines, less, target_directions, tracin
 from honeloom.testing.fakes import FakeGradients, FakeModel, FakeRows, chat_row
@@ -132,7 +133,7 @@ def test_directions_leave_out_rows_without_gradient():
     assert np.allclose(target_directions(known, ["a", "b", "a"], "mean"), [[0.3, 0.9]])
     assert np.allclose(target_directions(known, ["a", "b", "a"], "max"), [[3 / 45**0.5, 6 / 45**0.5]])
     assert cosines(np.zeros((1, 2)), np.ones((1, 2))).tolist() == [[0.0]]
-    with pytest.raises(ValueError, match="none of the target rows"):
+    with pytest.raises(RowsError, match="none of the 1 target rows"):
         target_directions(known[1:2], ["b"], "mean")
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from honeloom.errors import RowsError
-from honeloom.selection.config import UtilityConfig
+from honeloom.errors import ConfigError, RowsError
+from honeloom.selection.config import ShedConfig, UtilityConfig
 from honeloom.selection.groups import by_label, nearest_of_all, representatives
 from honeloom.selection.shed import player_count, shed
 from honeloom.selection.shed_release import released_values
@@ -58,10 +58,16 @@ def embed(rows, how):
     return next(unit_blocks(vectors + own, standardise=False))
 
 
+def known(settings):
+    """No surrogate, and as many players as kinds, where these settings mean anything."""
+    given = {} if settings.get("mode", "standard") != "standard" else {"surrogate": "none"}
+    return {**given, **({"players": KINDS} if settings.get("by", "embedding") == "embedding" else {}), **settings}
+
+
 def run(rows, *, target=True, budget=60, seed=0, **settings):
     made = []
 
-    def open_utility(players, names, dev, utility):
+    def open_utility(players, dev, utility):
         made.append((Additive(players), utility, dev))
         return made[-1][0]
 
@@ -70,7 +76,7 @@ def run(rows, *, target=True, budget=60, seed=0, **settings):
         FakeRows(rows), lambda: None, seed, target=FakeRows([chat_row("t", "q", "a")]) if target else None,
         budget=budget, wanted=20, embed=embed, open_utility=open_utility, say=said.append, warn=warned.append,
     )  # fmt: skip
-    scores = shed(data, **{"surrogate": "none", "players": KINDS, **settings})
+    scores = shed(data, **known(settings))
     return scores, made[0], warned
 
 
@@ -127,7 +133,7 @@ def test_players_can_be_sources():
 def test_removal_curves_fall_fastest_without_the_best():
     scores, _, _ = run(table(), curves=3, budget=80)
     removal = scores.details["removal"]
-    assert removal["share"] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert removal["share"] == [0.0, 0.2, 0.5, 0.8, 1.0]
     assert removal["without_best"][1] < removal["without_best"][0] < removal["without_worst"][1]
     assert removal["without_best"][-1] == removal["without_worst"][-1] == scores.details["empty"]
     assert run(table(), curves=0)[0].details["removal"] is None
@@ -146,7 +152,7 @@ def test_a_shift_of_the_utility_changes_no_value_but_the_releases():
             FakeRows(table()), lambda: None, 0, target=FakeRows([chat_row("t", "q", "a")]), budget=80, embed=embed,
             open_utility=lambda players, *_: Additive(players, offset),
         )  # fmt: skip
-        return np.array(shed(data, mode=mode, surrogate="none", players=KINDS).value)
+        return np.array(shed(data, **known({"mode": mode})).value)
 
     for mode in ("standard", "shed-paper"):
         assert np.allclose(values(0.0, mode), values(5.0, mode), atol=1e-9)
@@ -191,7 +197,7 @@ def test_a_target_of_the_wrong_kind_is_named():
 
 def test_steps_follow_from_the_players():
     _, (_, utility, _), _ = run(table(), proxies=20, by="source")
-    assert utility.steps == math.ceil(KINDS * 20 / 2 / utility.batch_size)
+    assert utility.steps == math.ceil(KINDS * 20 / utility.batch_size)
     assert run(table())[1][1].steps == 8
 
 
@@ -230,7 +236,9 @@ def test_representatives_are_the_nearest_members(n, each, seed):
 
 def test_the_paper_lets_two_clusters_share_a_proxy():
     vectors = np.array([[0.0, 1.0], [1.0, 0.0]], dtype=np.float32)
-    assert nearest_of_all(vectors, np.array([[0.1, 0.9], [0.3, 0.8], [1.0, 0.2]], dtype=np.float32)) == [0, 0, 1]
+    assert nearest_of_all(
+        vectors, np.array([[0.1, 0.9], [0.3, 0.8], [1.0, 0.2]], dtype=np.float32), np.array([True, True])
+    ) == [0, 0, 1]
 
 
 def test_unit_rows_are_standardised_and_the_broken_ones_zero():
@@ -248,3 +256,56 @@ def test_no_ledger_is_needed():
         open_utility=lambda players, *_: Additive(players), open_evaluations=lambda f, b: nullcontext((None, None)),
     )  # fmt: skip
     assert shed(data, surrogate="none").details["budget"] == 300
+
+
+def test_rows_that_ask_what_a_held_out_row_asks_play_for_nobody():
+    rows = [chat_row(f"r-{i % KINDS}-{i}", f"What is the answer to number {i // 2}?", f"{i}") for i in range(200)]
+    scores, (_, _, dev), warned = run(rows, target=False)
+    asked = {row.prompt for row in dev}
+    players = [rows[i] for i, proxy in enumerate(scores.columns["proxy"]) if proxy]
+    assert len(players) == KINDS
+    assert not [row for row in players if row.prompt in asked]
+    assert any("ask what a held-out row asks" in w for w in warned)
+
+
+@pytest.mark.parametrize("mode", ["shed-paper", "shed-release"])
+def test_the_faithful_modes_hold_out_too(mode):
+    scores, _, _ = run(table(), target=False, mode=mode, budget=200)
+    assert not [1 for p, h in zip(scores.columns["proxy"], scores.columns["held_out"], strict=True) if p and h]
+
+
+def test_values_that_are_rounding_errors_are_drawn_from_evenly():
+    class Flat(Additive):
+        def evaluate(self, coalition, repeat):
+            return 0.45 + 1e-17 * len(coalition)
+
+    data = SelectionData(
+        FakeRows(table()), lambda: None, 0, target=FakeRows([chat_row("t", "q", "a")]), budget=60, embed=embed,
+        open_utility=lambda players, *_: Flat(players),
+    )  # fmt: skip
+    scores = shed(data, surrogate="none", players=KINDS)
+    assert scores.details["effective_clusters"] == pytest.approx(KINDS)
+
+
+def test_the_release_says_what_it_needs_before_it_spends():
+    with pytest.raises(ConfigError, match=r"at least \d+ evaluations"):
+        run(table(), mode="shed-release", budget=12, curves=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"by": "source", "players": 4}, "players changes nothing with by: source"),
+        ({"by": "domain", "embedding": "tfidf"}, "embedding changes nothing"),
+        ({"sampling": "qocs", "factor": 3}, "factor changes nothing with sampling: qocs"),
+        ({"mode": "shed-paper", "estimator": "regression"}, "estimator changes nothing"),
+        ({"mode": "shed-release", "stability": 0.9}, "stability changes nothing"),
+        ({"estimator": "regression", "surrogate": "in_run"}, "surrogate: in_run is for"),
+        ({"estimator": "knn"}, "unknown valuation method 'knn'"),
+        ({"estimator": {"type": "regression", "paird": True}}, "did you mean 'paired'"),
+        ({"estimator": {"type": "truncated", "tolerance": 2}}, "tolerance"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        ShedConfig(**settings)

@@ -209,3 +209,22 @@ def test_rows_that_chose_cannot_judge_unnoticed(tmp_path):
     assert any("chosen" in w for w in report.warnings)
     other = honeloom.evaluate(tmp_path / "tuned", rows="lab:test", limit=30)
     assert other.details["overlap"]["target_rows"] < 5
+
+
+def test_a_choice_is_applied_again_in_one_recipe_and_its_target_is_not_forgotten(tmp_path):
+    recipe = {
+        "version": 1,
+        "stages": {
+            "pick": {"select": {"rows": "lab:pool", "limit": 150, "method": "dsir", "target": "lab:dev", "keep": "10"}},
+            "more": {"select": {"rows": "lab:pool", "limit": 150, "method": {"type": "scores", "path": "$pick"},
+                                "keep": "20"}},
+            "tuned": {"tune": {"model": "lab:base", "rows": "$more", "max_steps": 1}},
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    honeloom.run(tmp_path / "recipe.yaml", output_dir=tmp_path / "run")
+    one, two = (pq.read_table(tmp_path / "run/stages" / n / "scores.parquet") for n in ("1-pick", "2-more"))
+    chosen = [set(t.filter(t["selected"])["id"].to_pylist()) for t in (one, two)]
+    assert chosen[0] < chosen[1]
+    report = honeloom.evaluate(tmp_path / "run/stages/3-tuned", rows="lab:dev", limit=12)
+    assert report.details["overlap"]["target_rows"] == 12

@@ -19,6 +19,7 @@ __all__ = [
     "Config",
     "Device",
     "Dtype",
+    "EncoderInput",
     "FileInput",
     "InputField",
     "InputKind",
@@ -29,6 +30,7 @@ __all__ = [
     "OptionalModelInput",
     "RowsConfig",
     "RowsInput",
+    "ScoresInput",
     "Seed",
     "Split",
     "VerbConfig",
@@ -43,7 +45,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-InputKind = Literal["model", "rows", "folder", "file"]
+InputKind = Literal["model", "rows", "folder", "file", "scores", "encoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ OptionalFolderInput = Annotated[str | None, BeforeValidator(_as_text), InputMark
 """A folder of small files whose content matters."""
 FileInput = Annotated[str, BeforeValidator(_as_text), InputMark("file")]
 """One file whose content matters."""
+EncoderInput = Annotated[str, BeforeValidator(_as_text), InputMark("encoder")]
+"""Hub id of an encoder, or its folder, whose content then matters."""
+ScoresInput = Annotated[str, BeforeValidator(_as_text), InputMark("scores")]
+"""The scores of a selection: its folder, or the file itself."""
 OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
 _ONE_OR_MORE = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 RowsInput = Annotated[

@@ -29,6 +29,10 @@ METHODS = (
            "Sener and Savarese 2018, arXiv:1708.00489", "rows that leave no row far from a chosen one"),
     Method("dq", "honeloom.selection.dq:dq", "honeloom.selection.config:DqConfig",
            "Zhou et al. 2023, arXiv:2308.10524", "an even sample of bins filled by graph cut"),
+    Method("daar", "honeloom.selection.daar:daar", "honeloom.selection.daar_config:DaarConfig",
+           "Ling et al. 2025, arXiv:2502.04380", "rows whose domain a probe of the model is least sure of"),
+    Method("band", "honeloom.selection.band:band", "honeloom.selection.daar_config:BandConfig",
+           "Ling et al. 2025, arXiv:2502.04380", "a band of every domain's rows by their diversity"),
     Method("scores", "honeloom.selection.scores:scores", "honeloom.selection.config:ScoresConfig",
            "none", "scores of an earlier selection, by row id"),
 )  # fmt: skip

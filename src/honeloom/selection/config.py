@@ -11,14 +11,18 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, mod
 from honeloom.config.base import (
     Attention,
     Config,
+    EncoderInput,
     FileInput,
     LoadIn,
     NoResultMark,
     OptionalModelInput,
     RowsConfig,
     RowsInput,
+    ScoresInput,
+    validate,
 )
 from honeloom.config.methods import FamilyMethod, MethodConfig, default_type
+from honeloom.errors import ConfigError
 from honeloom.registry import family, suggest
 
 __all__ = [
@@ -71,7 +75,7 @@ class SentenceEmbedding(Config):
     """An encoder of the package sentence-transformers (extra `embed`)."""
 
     type: Literal["sentence_transformers"] = "sentence_transformers"
-    encoder: str = Field(
+    encoder: EncoderInput = Field(
         "sentence-transformers/all-MiniLM-L6-v2", description="Hub id or folder; rows are cut at the encoder's limit."
     )
 
@@ -94,7 +98,7 @@ class UtilityConfig(Config):
     """What a set of rows is worth: tune LoRA adapters on it for a fixed number of steps, score the target."""
 
     steps: int | None = Field(
-        None, ge=1, description="Optimizer steps; default: one pass over half of the players' rows, at least 8."
+        None, ge=1, description="Optimizer steps; default: one pass over all players' rows, at least 8."
     )
     batch_size: int = Field(8, ge=1, description="Rows per step.")
     lr: float = Field(3e-4, gt=0, description="Learning rate of AdamW, falling linearly to zero.")
@@ -277,10 +281,10 @@ class ShedConfig(MethodConfig):
         "qwcs", description="Draw clusters by the softmax of their values, or take them whole in order."
     )
     factor: float = Field(
-        8.0, ge=0, description="Of qwcs: 0 draws clusters evenly; the larger, the more the best ones alone."
+        2.0, ge=0, description="Of qwcs: 0 draws clusters evenly; the larger, the more the best ones alone."
     )
-    standardise: Literal["rank", "z"] = Field(
-        "rank", description="What the factor multiplies: ranks spread over -1 to 1, or values less mean over deviation."
+    standardise: Literal["z", "rank"] = Field(
+        "z", description="What the factor multiplies: values less mean over deviation, or ranks spread over -1 to 1."
     )
     curves: int = Field(
         4, ge=0, le=20, description="Points of the removal curves; each costs two evaluations of the budget."
@@ -301,18 +305,58 @@ class ShedConfig(MethodConfig):
     @field_validator("estimator")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        name = value if isinstance(value, str) else value.get("type", "auto")
-        known = ["auto", *family("valuation").names()]
+        settings = {"type": value} if isinstance(value, str) else {"type": "auto", **value}
+        name = str(settings["type"])
+        known = ["auto", *(n for n in family("valuation").names() if n != "knn")]  # that one is for its own utility
         if name not in known:
             raise ValueError(f"unknown valuation method {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+        allowed = {"type"} if name == "auto" else set(family("valuation").load_config(name).model_fields)
+        if unknown := sorted(set(settings) - allowed):
+            raise ValueError(
+                f"valuation method {name!r} has no setting {unknown[0]!r}{suggest(unknown[0], allowed)} "
+                f"(known: {', '.join(sorted(allowed - {'type'})) or 'none'})"
+            )
+        if name != "auto":
+            try:
+                validate(family("valuation").load_config(name), settings, what=f"valuation method {name!r}")
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> ShedConfig:
+        """A setting that would change nothing is a misunderstanding, so it is refused."""
+        idle: dict[str, tuple[str, ...]] = {
+            f"by: {self.by}": ("players", "embedding") if self.by != "embedding" else (),
+            "sampling: qocs": ("factor", "standardise") if self.sampling == "qocs" else (),
+            f"mode: {self.mode}": {
+                "standard": (),
+                "shed-paper": ("estimator", "standardise", "proxies", "surrogate"),
+                "shed-release": ("estimator", "standardise", "proxies", "surrogate", "factor", "stability"),
+            }[self.mode],
+        }
+        for where, names in idle.items():
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                    raise ValueError(f"{name} changes nothing with {where}; leave it out")
+        takes = self.estimator_name in ("auto", "control_variate")
+        if self.surrogate == "in_run" and not takes:
+            raise ValueError(f"surrogate: in_run is for estimator auto or control_variate, not {self.estimator_name!r}")
+        if self.surrogate == "none" and self.estimator_name == "control_variate":
+            raise ValueError("estimator control_variate corrects a surrogate; leave surrogate: none out")
+        return self
+
+    @property
+    def estimator_name(self) -> str:
+        """Name of the valuation method."""
+        return self.estimator if isinstance(self.estimator, str) else str(self.estimator.get("type", "auto"))
 
 
 class ScoresConfig(MethodConfig):
     """Scores of an earlier selection, by the ids of the rows: no model is run."""
 
     type: Literal["scores"] = "scores"
-    path: FileInput = Field(description="A scores.parquet.")
+    path: ScoresInput = Field(description="Folder of an earlier selection, or its scores.parquet.")
 
 
 def needs_of(embedding: Any) -> frozenset[str]:
@@ -373,6 +417,10 @@ class SelectConfig(RowsConfig):
         for field in ("target", "budget"):
             if getattr(self, field) and field not in needs | self.method.uses():
                 raise ValueError(f"method {name!r} uses no {field}; leave --{field} out, or choose another method")
+        if self.overlap != "refuse" and not self.target:
+            raise ValueError("overlap says what to do about rows of a target; give one (--target), or leave it out")
+        if (self.workers > 1 or self.ray is not None) and "budget" not in needs | self.method.uses():
+            raise ValueError(f"method {name!r} evaluates no utility, so --workers and --ray change nothing")
         given = [name for name in ("load_in", "attn") if getattr(self, name) is not None]
         if self.model is None and given:
             raise ValueError(f"{' and '.join(given)} say how a model is loaded; give --model, or leave them out")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from honeloom.errors import RowsError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.selection.clusters import kmeans
 from honeloom.selection.projection import plane
@@ -49,9 +50,16 @@ class Groups:
 def by_vectors(vectors: Vectors, count: int, *, ids: Sequence[str], seed: int) -> Groups:
     """k-means of unit vectors (N, d); a zero vector belongs nowhere."""
     usable = inverse_lengths(vectors) > 0
-    found = kmeans(vectors, count, seed=seed, ids=ids)
-    label = np.where(usable, found.labels, -1)
-    return Groups(label, found.distances, found.centroids, plane(vectors, ids=ids, seed=seed))
+    at = np.flatnonzero(usable)
+    if not len(at):
+        raise RowsError(f"none of the {len(ids)} rows has a vector; use another embedding")
+    whole = len(at) == len(ids)  # then a memory map stays one
+    found = kmeans(
+        vectors if whole else vectors[at], count, seed=seed, ids=ids if whole else [ids[i] for i in at.tolist()]
+    )
+    label, distance = np.full(len(ids), -1, dtype=np.int64), np.zeros(len(ids), dtype=np.float32)
+    label[at], distance[at] = found.labels, found.distances
+    return Groups(label, distance, found.centroids, plane(vectors, ids=ids, seed=seed))
 
 
 def by_label(labels: Sequence[str | None], *, ids: Sequence[str], seed: int) -> Groups:
@@ -92,13 +100,14 @@ def representatives(groups: Groups, allowed: npt.NDArray[np.bool_], each: int, i
     return found
 
 
-def nearest_of_all(vectors: Vectors, centroids: Vectors) -> list[int]:
-    """For every centroid the nearest of all rows, its own or not: two centroids may share one, as in SHED's release."""
+def nearest_of_all(vectors: Vectors, centroids: Vectors, allowed: npt.NDArray[np.bool_]) -> list[int]:
+    """For every centroid the nearest allowed row, its own or not: two centroids may share one, as in SHED's release."""
     best = np.full(len(centroids), -np.inf)
     place = np.zeros(len(centroids), dtype=np.int64)
     for part in blocks_of(len(vectors)):
         rows = np.asarray(vectors[part], dtype=np.float32)
         closeness = rows @ centroids.T - 0.5 * (rows**2).sum(1)[:, None]
+        closeness[~allowed[part]] = -np.inf
         top = closeness.argmax(axis=0)
         value = closeness[top, np.arange(len(centroids))]
         better = value > best

@@ -21,8 +21,11 @@ Values = npt.NDArray[np.float64]
 def draw(rows: RowTable, count: int, *, seed: int, name: str) -> list[Row]:
     """At most `count` rows drawn by seed and row id, whatever the order of the rows; in the order of the draw."""
     ids = rows.ids
-    keys = dict(zip(ids, keyed_uniform(seed, name, ids).tolist(), strict=True))
-    return sorted(rows, key=lambda row: (keys[row.id], row.id))[:count]
+    keys = keyed_uniform(seed, name, ids)
+    chosen = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]))[:count]
+    wanted = set(chosen)
+    found = {i: row for i, row in enumerate(rows) if i in wanted}
+    return [found[i] for i in chosen]
 
 
 def first_order_values(

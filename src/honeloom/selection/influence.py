@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from honeloom.errors import RowsError
 from honeloom.selection.in_run import draw, row_batches
 from honeloom.types.plans import Scores
 from honeloom.types.ports import GradientPort, RowTable, SelectionData
@@ -44,12 +45,15 @@ def target_directions(gradients: Array, labels: Sequence[str | None], over: Lite
 
     Raises
     ------
-    ValueError
+    RowsError
         No gradient is finite.
     """
     known = np.isfinite(gradients).all(axis=1)
     if not known.any():
-        raise ValueError("none of the target rows has a gradient")
+        raise RowsError(
+            f"none of the {len(gradients)} target rows has a scored token; give rows with answers, or raise "
+            "--max-length"
+        )
     exact = gradients.astype(np.float64)
     if over == "mean":
         return np.asarray(_unit(exact[known]).mean(axis=0, keepdims=True))

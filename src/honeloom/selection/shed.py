@@ -11,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.errors import RowsError
+from honeloom.data.overlap import repeats
+from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.selection import sampling as drawing
 from honeloom.selection.config import Embedding, Estimator, HiddenEmbedding, ShedConfig, UtilityConfig
 from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
 from honeloom.selection.in_run import first_order_values
-from honeloom.selection.shed_release import released_values
+from honeloom.selection.shed_release import GROUPS, released_values
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData, UtilityPort
 from honeloom.types.rows import Row
@@ -65,7 +66,7 @@ def shed(
     by: Literal["embedding", "source", "domain"] = "embedding", players: int | None = None, proxies: int | None = None,
     embedding: Embedding = EMBEDDING, estimator: Estimator = "auto", surrogate: Literal["in_run", "none"] | None = None,
     stability: float | None = None, utility: UtilityConfig = UTILITY, sampling: Literal["qwcs", "qocs"] = "qwcs",
-    factor: float = 8.0, standardise: Literal["rank", "z"] = "rank", curves: int = 4,
+    factor: float = 2.0, standardise: Literal["z", "rank"] = "z", curves: int = 4,
 ) -> Scores:  # fmt: skip
     """Value clusters by tunings on the rows that stand for them, give every row its cluster's value, and sample.
 
@@ -103,7 +104,7 @@ def shed(
         standardise=standardise, curves=curves,
     )  # fmt: skip
     budget = data.budget or DEFAULT_BUDGET
-    dev, held_out = _development(data, config.utility)
+    dev, held_out, alike = _development(data, config.utility)
     count = player_count(len(data.rows) - int(held_out.sum()), config.players, budget)
     vectors = data.embed(data.rows, config.embedding) if config.by == "embedding" else None
     if vectors is None:
@@ -112,16 +113,19 @@ def shed(
     else:
         groups = by_vectors(vectors, count, ids=data.rows.ids, seed=data.seed)
     each = config.proxies or (1 if config.by == "embedding" else LABEL_PROXIES)
-    at = representatives(groups, ~held_out, each, data.rows.ids)
+    allowed = ~(held_out | alike) & (groups.label >= 0)
+    at = representatives(groups, allowed, each, data.rows.ids)
     if vectors is not None and groups.centroids is not None and config.mode != "standard":
-        at = [[i] for i in nearest_of_all(vectors, groups.centroids)]
+        at = [[i] for i in nearest_of_all(vectors, groups.centroids, allowed)]
+    if len([members for members in at if members]) < 2:
+        raise RowsError(_too_few(config, len(at)))
     playing = _play(data, at, dev, held_out)
     tuning = _with_steps(utility, playing)
     data.say(
         f"shed: {len(playing.rows)} players, each tuning {tuning.steps} steps of {tuning.batch_size} rows, scored on "
         f"{len(dev)} rows; at most {budget} evaluations"
     )
-    port = data.open_utility(playing.rows, playing.names, dev, tuning)
+    port = data.open_utility(playing.rows, dev, tuning)
     cheap = _surrogate(data, playing, tuning, config)
     found, removal = _value(data, port, cheap, config, budget, len(playing.rows))
     return _scores(data, config, groups, playing, found, cheap, removal)
@@ -142,8 +146,17 @@ def player_count(rows: int, asked: int | None, budget: int) -> int:
     return max(2, min(MOST_PLAYERS, budget // 3, rows // ROWS_PER_PLAYER))
 
 
-def _development(data: SelectionData, utility: UtilityConfig) -> tuple[list[Row], Bools]:
-    """Rows that score a tuning, and which of the pool's rows they are."""
+def _too_few(config: ShedConfig, groups: int) -> str:
+    if config.by != "embedding":
+        return (
+            f"shed: by {config.by}: the rows have {groups or 'no'} label, and values need at least 2 players; give "
+            f"rows with a `{config.by}` of their own, or use method.by=embedding"
+        )
+    return f"shed: the rows make {groups or 'no'} cluster, for they are all alike; values need at least 2 players"
+
+
+def _development(data: SelectionData, utility: UtilityConfig) -> tuple[list[Row], Bools, Bools]:
+    """Rows that score a tuning, which of the pool's rows they are, and which others ask the same."""
     kinds = {"choice"} if utility.score == "accuracy" else {"chat", "text"}
     table = data.target if data.target is not None else data.rows
     draws = keyed_uniform(data.seed, "shed/target", table.ids)
@@ -158,32 +171,33 @@ def _development(data: SelectionData, utility: UtilityConfig) -> tuple[list[Row]
             f"{utility.score!r} needs; give other rows (--target) or another method.utility.score"
         )
     chosen = set(sorted(fit, key=lambda i: (draws[i], table.ids[i]))[:most])
-    held_out = np.zeros(len(data.rows), dtype=bool)
+    dev = [row for i, row in enumerate(table) if i in chosen]
+    held_out, alike = np.zeros(len(data.rows), dtype=bool), np.zeros(len(data.rows), dtype=bool)
     if data.target is None:
         held_out[list(chosen)] = True
-    return [row for i, row in enumerate(table) if i in chosen], held_out
+        alike[[i for i, _, _ in repeats(dev, data.rows) if i not in chosen]] = True
+        if alike.any():
+            data.warn(f"{int(alike.sum())} other rows ask what a held-out row asks; they stand for no cluster")
+    return dev, held_out, alike
 
 
 def _play(data: SelectionData, at: Sequence[Sequence[int]], dev: list[Row], held_out: Bools) -> _Players:
     wanted = {i for group in at for i in group}
     rows = {i: row for i, row in enumerate(data.rows) if i in wanted}
     playing = [g for g, members in enumerate(at) if members]
-    if len(playing) < 2:
-        raise RowsError(f"shed: {len(playing)} cluster of rows, and values need at least 2; the rows are all alike")
     return _Players(playing, [list(at[g]) for g in playing], [[rows[i] for i in at[g]] for g in playing], dev, held_out)
 
 
 def _with_steps(utility: UtilityConfig, players: _Players) -> UtilityConfig:
     if utility.steps is not None:
         return utility
-    half = sum(map(len, players.rows)) / 2
-    return utility.model_copy(update={"steps": max(FEWEST_STEPS, math.ceil(half / utility.batch_size))})
+    rows = sum(map(len, players.rows))
+    return utility.model_copy(update={"steps": max(FEWEST_STEPS, math.ceil(rows / utility.batch_size))})
 
 
 def _surrogate(data: SelectionData, players: _Players, utility: UtilityConfig, config: ShedConfig) -> Values | None:
     """Cheap values of the players: what the steps of one tuning owe to their rows."""
-    name = config.estimator if isinstance(config.estimator, str) else config.estimator.get("type", "auto")
-    wanted = config.surrogate or ("in_run" if name in ("auto", "control_variate") else "none")
+    wanted = config.surrogate or ("in_run" if config.estimator_name in ("auto", "control_variate") else "none")
     if wanted == "none" or config.mode != "standard":
         return None
     rows = [row for rows in players.rows for row in rows]
@@ -225,12 +239,23 @@ def _value(
     for warning in told:
         if issubclass(warning.category, UserWarning):
             data.warn(f"shed: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if found.resolvable is False:
+        data.warn("shed: not resolvable: the values' errors are as large as their differences, so the order is mostly "
+                  "chance; spend more evaluations, take fewer players, more steps or more target rows")  # fmt: skip
     if not math.isfinite(found.details["full"]) or not math.isfinite(found.details["empty"]):
         raise RowsError("shed: the model could not be tuned on all players' rows, or not scored; see the warnings")
     return found, removal
 
 
 def _released(game: Game) -> Scores:
+    least = 4 + 2 * (math.ceil(game.n_players / max(1, game.n_players // GROUPS)) - 1)
+    if game.budget < least:
+        raise ConfigError(
+            f"budget {game.budget} (less the removal curves): mode shed-release drops its first permutation, so "
+            f"{game.n_players} players need at least {least} evaluations; raise --budget, or lower method.players"
+        )
     noise = measure_noise(game, most=4)
     found = released_values(game)
     return Scores(
@@ -241,18 +266,21 @@ def _released(game: Game) -> Scores:
 
 def _removal(game: Game, found: Scores, points: int) -> dict[str, Any] | None:
     """V without the best, and without the worst, shares of the players; None where no points are wanted."""
-    if not points:
+    if not points or game.n_players < 3:
         return None
     order = np.argsort(np.argsort(-np.array(found.value), kind="stable"))
-    shares = [(i + 1) / (points + 1) for i in range(points)]
-    cuts = [round(share * game.n_players) for share in shares]
+    n = game.n_players
+    cuts = sorted({round((i + 1) / (points + 1) * n) for i in range(points)} - {0, n})
+    shares = [cut / n for cut in cuts]
     best = np.array([order >= cut for cut in cuts])
     worst = np.array([order < game.n_players - cut for cut in cuts])
     values = game.evaluate(np.concatenate((best, worst)))
     ends = [found.details["full"], found.details["empty"]]
-    without = [[ends[0], *part.tolist(), ends[1]] for part in (values[:points], values[points:])]
+    parts = ([v if math.isfinite(v) else None for v in part] for part in (values[: len(cuts)], values[len(cuts) :]))
+    without = [[ends[0], *part, ends[1]] for part in parts]
     return {
         "share": [0.0, *shares, 1.0], "without_best": without[0], "without_worst": without[1], "spent": game.spent,
+        "failed": game.failed,
     }  # fmt: skip
 
 
@@ -267,7 +295,7 @@ def _scores(
     if config.mode == "shed-release":  # scores of exactly 0 are lost there
         player = np.where((player >= 0) & (np.array(found.value)[player] == 0.0), -1, player)
     chosen = np.flatnonzero((player >= 0) & ~players.held_out)
-    order, chances = _sample(data, config, np.array(found.value), player[chosen], groups.distance[chosen], chosen)
+    order, chances = _sample(data, config, _significant(found), player[chosen], groups.distance[chosen], chosen)
     rest = np.setdiff1d(np.arange(len(player)), chosen)
     rest = rest[np.argsort(keyed_uniform(data.seed, "shed/rest", [data.rows.ids[i] for i in rest]), kind="stable")]
     known = np.isin(np.arange(len(player)), chosen)
@@ -296,6 +324,12 @@ def _scores(
                         chances),
         details=_details(data, config, players, found, surrogate, removal, chances),
     )  # fmt: skip
+
+
+def _significant(found: Scores) -> Values:
+    """Values without the rounding errors of the utility, which would be ranked like differences."""
+    unit = max(abs(found.details["full"]), abs(found.details["empty"])) or 1.0
+    return np.round(np.array(found.value) / unit, 10) * unit
 
 
 def _sample(
@@ -332,11 +366,12 @@ def _details(
     data: SelectionData, config: ShedConfig, players: _Players, found: Scores, surrogate: Values | None,
     removal: dict[str, Any] | None, chances: Values | None,
 ) -> dict[str, Any]:  # fmt: skip
-    spent = removal.pop("spent") if removal else 0
+    spent, failed = (removal.pop("spent"), removal.pop("failed")) if removal else (0, 0)
     agreement = None if surrogate is None else spearman(np.array(found.value), surrogate)
     return {
         **found.details,
         "evaluations": found.details["evaluations"] + spent,
+        "failed": found.details["failed"] + failed,
         "budget": data.budget or DEFAULT_BUDGET,
         "players": len(players.rows),
         "estimator": found.method,

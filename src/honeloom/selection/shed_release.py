@@ -38,8 +38,8 @@ def released_values(game: Game, *, group_size: int | None = None) -> Estimate:
         while len(bounds) and (number < 2 or game.remaining >= len(bounds)):
             order = permutation(game.seed, f"shed/{number}", n).numpy()
             values = yield chain(order, bounds)
-            if number > 0:
-                steps = np.diff(np.concatenate(([0.0], np.nan_to_num(values), [game.full])))
+            if number > 0 and np.isfinite(values).all():
+                steps = np.diff(np.concatenate(([0.0], values, [game.full])))
                 total[order] += np.repeat(steps, np.diff(np.concatenate(([0], bounds, [n]))))
                 count[:] += 1
             number += 1

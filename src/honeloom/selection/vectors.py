@@ -166,6 +166,7 @@ def _open(path: Path) -> Array:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        why = "it is no plain array" if "pickle" in why else why  # numpy advises to allow pickles
         raise SourceError(f"{path}: not a readable .npy file ({why}); write it with numpy.save") from None
     if not isinstance(found, np.ndarray):
         raise SourceError(f"{path}: an archive of several arrays (.npz), expected one array; write it with numpy.save")

@@ -134,8 +134,14 @@ class Resolver:
         return replace(self._found[key], place=field.place)
 
     def _look(self, field: InputField, here: Placed | None) -> ResolvedInput:
-        if field.kind in ("folder", "file"):
-            return (resolve_folder if field.kind == "folder" else resolve_file)(field.value, field.place)
+        if field.kind == "folder":
+            return resolve_folder(field.value, field.place)
+        if field.kind == "encoder":
+            return resolve_encoder(field.value, field.place)
+        if field.kind in ("file", "scores"):
+            value = str(here.path) if here else field.value
+            found = resolve_file(value, field.place, scores=field.kind == "scores")
+            return replace(found, kind=field.kind, value=field.value, relative=here.relative if here else None)
         look = resolve_rows if field.kind == "rows" else resolve_model
         try:
             if here is None:
@@ -156,9 +162,19 @@ def resolve_folder(value: str, place: str) -> ResolvedInput:
     return ResolvedInput(place, "folder", value, (folder.resolve(),), digest, sum(p.stat().st_size for p in files))
 
 
-def resolve_file(value: str, place: str) -> ResolvedInput:
-    """Resolve one file, fingerprinted by its content."""
+def resolve_encoder(value: str, place: str) -> ResolvedInput:
+    """Resolve an encoder: a folder by its content, a hub id by its name, for its package fetches it."""
     path = Path(os.path.expanduser(value))
+    if path.is_dir() or value.startswith((".", "/", "~")):
+        return replace(resolve_folder(value, place), kind="encoder")
+    return ResolvedInput(place, "encoder", value, (), combine_digests({"encoder": value}), 0)
+
+
+def resolve_file(value: str, place: str, *, scores: bool = False) -> ResolvedInput:
+    """Resolve one file, fingerprinted by its content; for `scores`, a selection stands for its own."""
+    path = Path(os.path.expanduser(value))
+    if scores and (path.is_dir() or path.name.startswith("selected.")):
+        path = (path if path.is_dir() else path.parent) / "scores.parquet"
     if not path.is_file():
         raise SourceError(f"{place} {value!r}: no such file")
     return ResolvedInput(place, "file", value, (path.resolve(),), sha256_file(path), path.stat().st_size)

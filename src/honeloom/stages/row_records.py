@@ -89,15 +89,24 @@ def training_digests(model: Path) -> set[bytes]:
 
 def target_digests(model: Path) -> set[bytes]:
     """Question digests of the rows by which the training rows of a model, or of its ancestors, were chosen."""
-    return _questions(place / TARGET_FILE for folder in ancestors(model) for place in _rows_read(folder))
+    seen: set[Path] = set()
+    stack = [place for folder in ancestors(model) for place in _rows_read(folder)]
+    while stack:
+        place = stack.pop()
+        if place not in seen:
+            seen.add(place)
+            stack += _rows_read(place)  # rows chosen from chosen rows, or by the scores of another choice
+    return _questions(place / TARGET_FILE for place in sorted(seen))
 
 
-def _rows_read(folder: Path) -> Iterator[Path]:
-    """Folders of the rows that a stage read."""
+def _rows_read(folder: Path) -> list[Path]:
+    """Folders of the rows, and of the scores of rows, that a stage read."""
+    found = []
     for entry in recorded_inputs(folder):
-        if entry["kind"] == "rows":
+        if entry["kind"] in ("rows", "scores"):
             places = [folder / entry["relative"]] if entry["relative"] else [Path(p) for p in entry["paths"]]
-            yield from (p if p.is_dir() else p.parent for p in places)
+            found += [(p if p.is_dir() else p.parent).resolve() for p in places]
+    return found
 
 
 def _questions(files: Iterable[Path]) -> set[bytes]:

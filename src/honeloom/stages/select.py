@@ -48,6 +48,7 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     work.log.say(f"select: {config.method.type} over {len(rows)} rows")
     method = family("selection").load(config.method.type)
     settings = {name: getattr(config.method, name) for name in type(config.method).model_fields if name != "type"}
+    settings |= {n: str(work.inputs[f"method.{n}"].paths[0]) for n in settings if f"method.{n}" in work.inputs}
     amount, unit = config.keep_amount()
     wanted = None if unit == "tokens" else rows_to_keep(amount, unit, len(rows))
     scores: Scores = method(ports.data(rows, target, wanted), **settings)

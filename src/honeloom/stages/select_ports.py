@@ -13,14 +13,15 @@ from honeloom.backends.hf.embed import Embedder
 from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.rowset import RowSet
-from honeloom.errors import ConfigError
+from honeloom.errors import ConfigError, RowsError
 from honeloom.registry import load_target
+from honeloom.runs.journal import Journal, read_journal
 from honeloom.selection.config import SelectConfig, UtilityConfig
 from honeloom.selection.tfidf import tfidf_vectors
 from honeloom.selection.vectors import read_vectors, stored_vectors, unit_blocks
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.work import Work
-from honeloom.types.ports import GradientPort, RowTable, SelectionData, UtilityPort, Vectors
+from honeloom.types.ports import GeneratePort, GradientPort, RowTable, SelectionData, UtilityPort, Vectors
 from honeloom.types.rows import Row
 from honeloom.valuation.executors import Executor, Inline, Outcome, ProcessPool, Task, Utility
 from honeloom.valuation.ledger import Ledger
@@ -51,6 +52,8 @@ class Ports:
             open_gradients=self.gradients,
             open_utility=self.utility,
             open_evaluations=self.evaluations,
+            open_generator=self.generator,
+            open_journal=self.journal,
             say=log.say,
             warn=log.warn,
         )
@@ -82,7 +85,10 @@ class Ports:
         """
         folder = self._work.dir / SCRATCH
         folder.mkdir(exist_ok=True)
-        name = blake2b(how.model_dump_json().encode(), digest_size=8).hexdigest()
+        digest = blake2b(how.model_dump_json().encode(), digest_size=8)
+        for row_id in rows.ids:  # a method may ask for vectors of other rows than the usable ones
+            digest.update(b"\n" + row_id.encode("utf-8", "surrogatepass"))
+        name = digest.hexdigest()
         path = folder / f"{name}.npy"
         if path.exists():  # of an interrupted attempt
             return read_vectors(path, len(rows), warn=self._work.log.warn)
@@ -90,7 +96,12 @@ class Ports:
         if how.type == "file":
             raw = read_vectors(self._work.inputs["method.embedding.path"].paths[0], len(rows), warn=self._work.log.warn)
         else:
-            raw = stored_vectors(raw_path, self._blocks(rows, how), len(rows))
+            # A raw file that is there is complete: an interrupted attempt got that far.
+            raw = (
+                read_vectors(raw_path, len(rows), warn=self._work.log.warn)
+                if raw_path.exists()
+                else stored_vectors(raw_path, self._blocks(rows, how), len(rows))
+            )
         vectors = stored_vectors(path, unit_blocks(raw, standardise=how.type == "hidden"), len(rows))
         raw_path.unlink(missing_ok=True)
         return vectors
@@ -103,7 +114,9 @@ class Ports:
             encode: Callable[..., Iterator[Vectors]] = load_target(
                 "honeloom.backends.sentence_encoder:sentence_vectors"
             )
-            return encode(track(rows, "embed rows", len(rows)), how.encoder, device=config.device,
+            paths = self._work.inputs["method.embedding.encoder"].paths
+            name = str(paths[0]) if paths else how.encoder
+            return encode(track(rows, "embed rows", len(rows)), name, device=config.device,
                           batch_size=config.batch_size)  # fmt: skip
         found = self._model()
         embedder = Embedder.open(
@@ -111,6 +124,24 @@ class Ports:
             batch_size=config.batch_size, max_length=config.max_length,
         )  # fmt: skip
         return embedder.embed(rows, lambda items, label, _: track(items, label, len(rows)))
+
+    def generator(self) -> GeneratePort:
+        """The method's own model that writes, else the model itself."""
+        config = self._work.config
+        found = self._work.inputs.get("method.generator") or self._model()
+        generator = load_target("honeloom.backends.hf.generate:Generator")
+        port: GeneratePort = generator.open(
+            found.paths[0], base=found.base, loading=Loading.of(config, spread=True), batch_size=config.batch_size
+        )
+        return port
+
+    @contextmanager
+    def journal(self, name: str) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+        """A file of records in the output folder, which an interrupted attempt may have begun."""
+        path = self._work.dir / name
+        before = list(read_journal(path))
+        with Journal(path) as journal:
+            yield before, journal.append
 
     def gradients(self, rank: int) -> GradientPort:
         """The model with fresh adapters, as one that compares gradients."""
@@ -122,10 +153,14 @@ class Ports:
         )  # fmt: skip
         return port
 
-    def utility(
-        self, players: Sequence[Sequence[Row]], names: Sequence[str], dev: Sequence[Row], settings: UtilityConfig
-    ) -> UtilityPort:
-        """Tune on the players' rows, score the development rows."""
+    def utility(self, players: Sequence[Sequence[Row]], dev: Sequence[Row], settings: UtilityConfig) -> UtilityPort:
+        """Tune on the players' rows, score the development rows.
+
+        Raises
+        ------
+        RowsError
+            Nothing of the development rows can be scored.
+        """
         found, config = self._model(), self._work.config
         if settings.steps is None:
             raise ValueError("the steps of a utility must be known when it is opened")
@@ -133,11 +168,25 @@ class Ports:
             found.paths[0], found.base, found.fingerprint, Loading.of(config), settings.rank, config.seed,
             config.batch_size, config.max_length,
         )  # fmt: skip
+        self._tell_lost(model.encoder(), players, dev)
         port: UtilityPort = load_target("honeloom.backends.hf.utility:TuningUtility")(
-            model, players, names, dev, steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr,
+            model, players, dev, steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr,
             score=settings.score, seed=config.seed,
         )  # fmt: skip
         return port
+
+    def _tell_lost(self, encoder: Any, players: Sequence[Sequence[Row]], dev: Sequence[Row]) -> None:
+        """Warn of rows that say nothing within the token limit."""
+        trainable = load_target("honeloom.backends.hf.utility:trainable")
+        within = f"within {encoder.max_length} tokens; raise --max-length or give shorter rows"
+        lost = sum(row.kind != "choice" and trainable(encoder, row) is None for row in dev)
+        if lost == len(dev):
+            raise RowsError(f"none of the {len(dev)} target rows has a scored token {within}")
+        if lost:
+            self._work.log.warn(f"{lost} of {len(dev)} target rows have no scored token {within}")
+        empty = sum(all(trainable(encoder, row) is None for row in rows) for rows in players)
+        if empty:
+            self._work.log.warn(f"{empty} of {len(players)} players have no row with a trainable token {within}")
 
     @contextmanager
     def evaluations(self, fingerprint: str, budget: int) -> Iterator[tuple[Ledger, Executor]]:

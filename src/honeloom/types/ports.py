@@ -13,7 +13,9 @@ import numpy.typing as npt
 from honeloom.errors import ConfigError
 from honeloom.types.rows import Row
 
-__all__ = ["EmbedPort", "GradientPort", "LossPort", "RowLossLike", "RowTable", "SelectionData", "UtilityPort"]
+__all__ = [
+    "EmbedPort", "GeneratePort", "GradientPort", "LossPort", "RowLossLike", "RowTable", "SelectionData", "UtilityPort",
+]  # fmt: skip
 
 Vectors = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
@@ -74,6 +76,22 @@ class EmbedPort(Protocol):
         """Vectors (N, d) of length 1, maybe a memory map; a row that has none is zero. `how` is an `Embedding`."""
 
 
+class GeneratePort(Protocol):
+    """A model that writes text."""
+
+    def generate(
+        self, prompts: Sequence[str], *, seed: int, max_new_tokens: int, temperature: float, top_p: float
+    ) -> list[str]:
+        """One continuation per prompt, as an answer to it; equal prompts are answered differently.
+
+        What is drawn follows from the seed and the prompt's place, not from how prompts are
+        batched. A prompt that leaves the model no room is answered by nothing.
+        """
+
+    def vectors(self, texts: Sequence[str]) -> Vectors:
+        """Mean input embedding of every text's tokens, (n, d); zeros for a text without tokens."""
+
+
 class GradientPort(Protocol):
     """A model with small trainable adapters, and what its loss would have every row change in them.
 
@@ -122,6 +140,10 @@ def _no_model(*_: Any, **__: Any) -> NoReturn:
     raise ConfigError("the method asks for vectors, gradients or tunings, and no model was given (--model)")
 
 
+def _not_written(name: str) -> AbstractContextManager[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    return nullcontext(([], lambda record: None))
+
+
 def _nothing_kept(fingerprint: str, budget: int) -> AbstractContextManager[tuple[Any, Any]]:
     return nullcontext((None, None))
 
@@ -153,11 +175,16 @@ class SelectionData:
     open_gradients : callable
         (rank) -> GradientPort, on LoRA adapters of that rank drawn from the seed.
     open_utility : callable
-        (players, names, target rows, `UtilityConfig`) -> UtilityPort: tune on the players' rows,
-        score the target.
+        (players, target rows, `UtilityConfig`) -> UtilityPort: tune on the players' rows, score the
+        target.
     open_evaluations : callable
         (fingerprint, budget) -> context of a `Ledger` and an `Executor`; both None: nothing is
         kept, and this process evaluates.
+    open_generator : callable
+        Returns a GeneratePort; raises if no model was given.
+    open_journal : callable
+        (file name) -> context of the records that an interrupted attempt left, and a callable
+        that adds one to the output. By default nothing is kept.
     say, warn : callable
         Told what a person may want to know, and must know.
     """
@@ -172,5 +199,9 @@ class SelectionData:
     open_gradients: Callable[[int], GradientPort] = _no_model
     open_utility: Callable[..., UtilityPort] = _no_model
     open_evaluations: Callable[[str, int], AbstractContextManager[tuple[Any, Any]]] = _nothing_kept
+    open_generator: Callable[[], GeneratePort] = _no_model
+    open_journal: Callable[
+        [str], AbstractContextManager[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]
+    ] = _not_written
     say: Callable[[str], None] = _silent
     warn: Callable[[str], None] = _silent

@@ -191,11 +191,15 @@ def _warn_unresolvable(game: Game, noise: Noise, config: MethodConfig) -> None:
     if rho is None or rho >= RESOLVABLE or isinstance(config, ExactConfig) or game.surrogate is not None:
         return
     warnings.warn(
-        f"not resolvable: {game.budget} evaluations with noise {noise.sd or 0.0:.3g} and a mean margin of "
+        f"not resolvable: {game.budget} evaluations with noise {_amount(noise.sd)} and a mean margin of "
         f"{noise.margin:.3g} rank {game.n_players} players with a predicted correlation of {rho:.2f}. "
         "Use fewer players, more evaluations, a surrogate, or a less noisy utility",
         stacklevel=3,
     )
+
+
+def _amount(sd: float | None) -> str:
+    return "that was not measured" if sd is None else f"{sd:.3g}"
 
 
 def _scores(found: Estimate, method: str, noise: Noise, game: Game) -> Scores:

@@ -84,7 +84,9 @@ class Game:
     empty, full : float
         Mean v(empty) and v(N); NaN until measured, and where every attempt failed.
     repeats : int
-        How many evaluations each of the two is the mean of.
+        How many evaluations each of the two is the mean of, if repeats of it differ.
+    varying_ends : int
+        How many of the two differ from repeat to repeat, 0 to 2.
     noise_sd : float or None
         Of one evaluation; None where nothing was repeated.
     """
@@ -105,7 +107,7 @@ class Game:
         self.surrogate = surrogate
         self.spent, self.failed = 0, 0
         self.empty, self.full = np.nan, np.nan
-        self.repeats = 0
+        self.repeats, self.varying_ends = 0, 2
         self.noise_sd: float | None = None
         self._executor, self._ledger, self._stop = executor, ledger, stop
         self._repeats: dict[tuple[int, ...], int] = {}
@@ -125,7 +127,7 @@ class Game:
     @property
     def margin_variance(self) -> float:
         """Variance of `margin` by the noise of its two ends; 0.0 where no noise is known."""
-        return 2 * ((self.noise_sd or 0.0) / self.n_players) ** 2 / max(self.repeats, 1)
+        return self.varying_ends * ((self.noise_sd or 0.0) / self.n_players) ** 2 / max(self.repeats, 1)
 
     def evaluate(self, coalitions: BoolArray) -> FloatArray:
         """Return v of every coalition, NaN for failures and for what the budget no longer covers.

@@ -49,7 +49,8 @@ def measure_noise(game: Game, *, most: int) -> Noise:
     known = np.isfinite(table)
     for name, column, valid in zip(("full", "empty"), table.T, known.T, strict=True):
         setattr(game, name, float(column[valid].mean()) if valid.any() else math.nan)
-    game.repeats = int(known.sum(0).min())
+    game.repeats = int(known.sum(0)[draws].min()) if draws.any() else int(known.sum(0).min())
+    game.varying_ends = int(draws.sum())
     spread = np.where(known, table - np.array([game.full, game.empty]), 0.0)[:, draws]
     freedom = int((known.sum(0) - 1).clip(min=0)[draws].sum())
     if freedom:
