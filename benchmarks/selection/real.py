@@ -283,6 +283,16 @@ def bars(found: dict[str, Any], losses: dict[tuple[str, str, str], list[float]])
     ]
 
 
+def ahead(losses: dict[tuple[str, str, str], list[float]]) -> list[str]:
+    """Arms whose mean loss is below SHED's on the same seeds."""
+    lines = []
+    for (model, target, arm), values in losses.items():
+        shed = losses[model, target, "shed"]
+        if arm != "shed" and np.mean(values) < np.mean(shed[: len(values)]):
+            lines.append(f"- {model}, {target}: {arm}, {compared(values, shed)}.")
+    return lines
+
+
 def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[float]]) -> None:
     """Write RESULT.md."""
     reached = bars(found, losses)
@@ -301,7 +311,7 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         f"Budget: {BUDGET} evaluations. {WORKERS} "
         "processes on two cores of a shared machine. SHED's shares are means over its draws (QWCS on z-scores, factor "
         f"{DRAW.factor}; chosen among z and rank, factor 1 to 12, by the share of maths rows of one valuation). "
-        " Differences are means over seeds with 95% intervals (paired); "
+        "Differences are means over seeds with 95% intervals (paired); "
         f"{len(SOME)} seeds for the rivals, {len(FEW)} for all rows at equal epochs, else {len(SEEDS)}.",
         "",
         "## Bars",
@@ -319,6 +329,10 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         *loss_table(losses),
         "",
         "\"shed of M\" are rows that were valued with M and tune another model: the transfer that SHED claims.",
+        "",
+        "Ahead of SHED's own rows, by the mean over the same seeds:",
+        "",
+        *(ahead(losses) or ["- nothing."]),
         "",
         "## The valuations",
         "",
