@@ -61,7 +61,17 @@ def test_stated_defaults_are_those_of_the_settings(verb):
         value = fields[path[0]].get_default(call_default_factory=True)
         for part in path[1:]:
             value = getattr(value, part)
-        words = {None: ("all", "no", "the model's", "1", "2e-4 lora, 2e-5 full", "the model's limit, at most 2048")}
+        words = {
+            None: (
+                "all",
+                "no",
+                "the model's",
+                "the method's",
+                "1",
+                "2e-4 lora, 2e-5 full",
+                "the model's limit, at most 2048",
+            )
+        }
         assert stated in words.get(value, (str(value),)) if not isinstance(value, MethodConfig) else False, (
             parameter.name
         )

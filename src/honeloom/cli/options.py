@@ -70,7 +70,8 @@ MaxLength = Annotated[
     typer.Option("--max-length", metavar="N", help="Tokens per row.  [default: the model's limit, at most 2048]"),
 ]
 Budget = Annotated[
-    int | None, typer.Option("--budget", metavar="N", help="Most evaluations that are paid for.  [default: by method]")
+    int | None,
+    typer.Option("--budget", metavar="N", help="Most evaluations that are paid for.  [default: the method's]"),
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", metavar="N", help="Processes that evaluate side by side.  [default: 1]")
