@@ -20,12 +20,12 @@ import torch
 from torch.nn import functional
 
 from honeloom.backends.devices import memory_guard
-from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.chat import Encoded, Encoder
+from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.local_steps import build_optimizer, restore_trainable, trainable_state
 from honeloom.backends.hf.score import WINDOW, Progress, pad_batch, windows
-from honeloom.backends.hf.tune import add_lora
-from honeloom.errors import ConfigError, NotFiniteError, RowsError, SourceError
+from honeloom.backends.hf.utility import TunableModel, trainable
+from honeloom.errors import ConfigError, NotFiniteError, RowsError
 from honeloom.ops.noise import rademacher, uniform
 from honeloom.tuning.config import AdamWConfig
 from honeloom.types.rows import Row
@@ -99,18 +99,8 @@ class RowGradients:
         SourceError
             The folder has no tokenizer.
         """
-        tokenizer = load_tokenizer(path, base=base)
-        if tokenizer is None:
-            raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
-        model = load_model(path, base=base, loading=loading)
-        if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload()
-        encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length), train=True)
-        adapted = add_lora(
-            model.requires_grad_(False), rank=rank, alpha=None, dropout=0.0, targets="all-linear", rslora=False,
-            seed=seed,
-        )  # fmt: skip
-        return cls(adapted, encoder, batch_size, progress or _no_progress)
+        opened = TunableModel(path, base, "", loading or Loading(), rank, seed, batch_size, max_length).open()
+        return cls(opened.model, opened.encoder, batch_size, progress or _no_progress)
 
     def reset(self) -> None:
         """Put the adapters back where they began, bit for bit; optimizer and direction are forgotten."""
@@ -277,19 +267,11 @@ class RowGradients:
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[tuple[list[int], list[Encoded]]]:
         """Places and encodings of rows of similar length that can be scored, `batch_size` at a time."""
-        for window in windows(enumerate(map(self._encode, rows)), self.batch_size * WINDOW):
+        for window in windows(enumerate(trainable(self.encoder, row) for row in rows), self.batch_size * WINDOW):
             usable = sorted(((i, e) for i, e in window if e is not None), key=lambda pair: (-len(pair[1].ids), pair[0]))
             for start in range(0, len(usable), self.batch_size):
                 picked = usable[start : start + self.batch_size]
                 yield [i for i, _ in picked], [e for _, e in picked]
-
-    def _encode(self, row: Row) -> Encoded | None:
-        try:
-            choice = row.kind == "choice"
-            encoded = self.encoder.encode_choices(row)[row.answer] if choice else self.encoder.encode(row)
-        except UnrenderableRow:
-            return None
-        return encoded if encoded.targets else None
 
     def _backward(self, batch: Sequence[Encoded]) -> int:
         """Add the gradient of the sum of the rows' losses to the weights' `grad`; return the number of rows."""
