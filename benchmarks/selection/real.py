@@ -303,7 +303,7 @@ def write_result(found: dict[str, Any], losses: dict[tuple[str, str, str], list[
         "",
         "Command: `OMP_NUM_THREADS=1 python benchmarks/selection/real.py`. Clustering stands in "
         "[CLUSTERING.md](CLUSTERING.md), "
-        "wrong answers of the lab in [LAB.md](LAB.md).",
+        "wrong answers of the lab in [LAB.md](LAB.md), bad sources in [VALUES.md](VALUES.md).",
         "",
         f"Pool: 5,559 rows of 21 domains, labels hidden; 10% are kept. LoRA of rank 8, {STEPS} steps of {BATCH} rows, "
         f"at most {LENGTH} tokens; learning rates {LR}. A utility tunes {TUNING['steps']} steps of "
