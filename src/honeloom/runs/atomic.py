@@ -11,9 +11,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from honeloom import system
 from honeloom.errors import OutOfSpaceError
@@ -24,6 +25,7 @@ __all__ = [
     "fsync_dir",
     "fsync_file",
     "observers",
+    "open_atomic",
     "remove_temporaries",
     "rename",
     "require_space",
@@ -65,12 +67,13 @@ def rename(source: Path, target: Path) -> None:
     fsync_dir(target.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary sibling, fsync, rename."""
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears whole, or not at all: temporary sibling, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             commit_point(f"fsync {path.name}")
             os.fsync(file.fileno())
@@ -80,8 +83,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with open_atomic(path) as file:
+        file.write(data)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Remove what `write_bytes` left below a folder when its process was killed; only for its one writer."""
+    """Remove what `open_atomic` left below a folder when its process was killed; only for its one writer."""
     for path in folder.rglob(".*.tmp-*"):
         if _TEMPORARY.match(path.name):
             path.unlink(missing_ok=True)

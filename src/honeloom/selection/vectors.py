@@ -5,8 +5,6 @@ A number of rows that fills memory as vectors is ordinary, so nothing here holds
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from honeloom.errors import SourceError
-from honeloom.runs.atomic import commit_point, rename, require_space
+from honeloom.runs.atomic import open_atomic, require_space
 
 __all__ = ["BLOCK", "blocks_of", "inverse_lengths", "read_vectors", "stored_vectors", "unit_blocks"]
 
@@ -91,17 +89,8 @@ def stored_vectors(path: Path, blocks: Iterable[Array], n: int) -> Vectors:
     OutOfSpaceError
         The disk has no room for the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "wb") as file:
-            _write(file, path, blocks, n)
-            file.flush()
-            commit_point(f"fsync {path.name}")
-            os.fsync(file.fileno())
-        rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open_atomic(path) as file:
+        _write(file, path, blocks, n)
     return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
 
