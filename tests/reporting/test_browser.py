@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 from chromium_pipe import Chromium
-from hostile_texts import hostile_report
+from domain_folder import CURVE, SWEEP, write_domains
+from hostile_texts import HOSTILE, hostile_report
 from valued_folder import write_valued
 
 import honeloom
@@ -39,6 +40,7 @@ def pages(tmp_path_factory, hostile_selection):
     folder = tmp_path_factory.mktemp("pages")
     (folder / "hostile").mkdir()
     (folder / "valued").mkdir()
+    (folder / "domains").mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     honeloom.run(folder / "recipe.yaml", output_dir=folder / "run")
     return {
@@ -47,10 +49,18 @@ def pages(tmp_path_factory, hostile_selection):
         "rows": hostile_selection / "report.html",
         "hostile": write_page(folder / "hostile", hostile_report()),
         "valued": write_page(folder / "valued", write_valued(folder / "valued")),
+        "domains": write_page(folder / "domains", _hostile_domains(folder / "domains")),
     }
 
 
-NAMES = ["run", "stage", "rows", "hostile", "valued"]
+def _hostile_domains(folder):
+    """Twenty domains and thirty labels whose names are attempts."""
+    names = [f"{text[:60]} {i}" for i, text in enumerate(HOSTILE * 2)]
+    labels = [f"{text[:60]} {i}" for i, text in enumerate(HOSTILE * 3)]
+    return write_domains(folder, names, labels, band_curve=CURVE, sweep=SWEEP)
+
+
+NAMES = ["run", "stage", "rows", "hostile", "valued", "domains"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +71,8 @@ def test_page_is_quiet_loads_nothing_and_fits(browser, pages, name, width, schem
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     browser.settle()
     assert browser.complaints() == []
-    assert browser.requests() == [url]
+    # Heat maps are pictures that the page itself paints, as data.
+    assert [r for r in browser.requests() if not r.startswith("data:image/png;")] == [url]
     assert browser.run("document.querySelectorAll('.main-svg').length") > 0
     assert browser.run("document.documentElement.scrollWidth") <= width
     # Nothing reaches beyond the window but what lies in a box that scrolls by itself.
@@ -84,6 +95,19 @@ def test_hostile_text_is_only_text(browser, pages, name):
     labels = browser.run("[...document.querySelectorAll('.ytick text')].map(t => t.textContent)")
     assert any(label.startswith("<img src=x") for label in labels)
     assert any(label.startswith("<a href=") for label in labels)
+
+
+def test_names_of_domains_are_only_text_when_pointed_at(browser, pages):
+    browser.open(pages["domains"].as_uri())
+    told = browser.run("""[...document.querySelectorAll('.chart')].flatMap(chart => chart.data.flatMap((trace, i) => {
+      const z = trace.type === 'heatmap' && trace.z.flatMap((r, y) => r.flatMap((v, x) => v === null ? [] : [[y, x]]));
+      const at = z ? z[0] : 0;
+      Plotly.Fx.hover(chart, [{curveNumber: i, pointNumber: at}]);
+      return [...chart.querySelectorAll('.hovertext')].map(t => t.textContent);
+    }))""")
+    assert any("<script>" in t or "<img" in t or "<a href" in t for t in told)
+    assert browser.run("document.querySelectorAll('svg a, svg img').length") == 0
+    assert browser.run("document.title").startswith("honeloom ")
 
 
 def test_policy_stops_a_script_that_got_into_the_page(browser, pages):

@@ -88,14 +88,21 @@ def figure(traces: list[dict[str, Any]], *, x: str, y: str, height: int = 340, *
 def _styled(trace: dict[str, Any], i: int) -> dict[str, Any]:
     """Every series has its colour and its symbol: neither has to be told apart alone. Names are clipped."""
     if "text" in trace:
-        trace = {**trace, "text": [clip(t, NAME) for t in trace["text"]]}
+        trace = {**trace, "text": _clipped(trace["text"])}
     if "name" in trace:
         trace = {**trace, "name": clip(trace["name"], NAME)}
+    if trace["type"] == "heatmap":
+        return trace
     marker = {"color": SERIES[i % len(SERIES)], "symbol": SYMBOLS[i % len(SYMBOLS)], **trace.get("marker", {})}
     if trace["type"] == "bar":
         marker.pop("symbol")
         return {**trace, "marker": marker}
     return {"cliponaxis": False, **trace, "marker": marker}
+
+
+def _clipped(texts: Sequence[Any]) -> list[Any]:
+    """Texts of points, or rows of texts of cells, each at most as long as a name."""
+    return [_clipped(t) if isinstance(t, list) else clip(t, NAME) for t in texts]
 
 
 def by_name(names: Sequence[str]) -> dict[str, Any]:

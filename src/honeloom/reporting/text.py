@@ -45,6 +45,7 @@ def number(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
+        value += 0.0  # no minus before 0
         return f"{value:.4g}".replace("-", "−") if abs(value) < 1e5 else f"{value:,.0f}".replace("-", "−")
     return f"{value:,}" if isinstance(value, int) else clip(value)
 

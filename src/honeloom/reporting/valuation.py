@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from honeloom.types.report import Report
 
-__all__ = ["best_first", "label_of_clusters", "read_columns", "told_v", "unit_of"]
+__all__ = ["best_first", "has_domains", "label_of_clusters", "read_columns", "told_v", "unit_of"]
 
 
 def read_columns(path: Path, needed: Sequence[str], more: Sequence[str] = ()) -> pa.Table | None:
@@ -32,6 +32,11 @@ def best_first(folder: Path) -> list[dict[str, Any]]:
     )
     known = [c for c in table.to_pylist() if c["value"] is not None] if table is not None else []
     return sorted(known, key=lambda c: (-c["value"], c["cluster"]))
+
+
+def has_domains(folder: Path) -> bool:
+    """Whether the rows were scored one by one within pseudo-domains, rather than by the value of their cluster."""
+    return read_columns(folder / "scores.parquet", ("pseudo_domain",)) is not None
 
 
 def label_of_clusters(folder: Path) -> dict[int, str]:

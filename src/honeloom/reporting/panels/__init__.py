@@ -6,8 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from honeloom.reporting.panel import Panel
+from honeloom.reporting.panels.band_curve import band_curve_panel
 from honeloom.reporting.panels.cluster_values import cluster_values_panel
 from honeloom.reporting.panels.comparison import comparison_panel
+from honeloom.reporting.panels.confusion import labels_panel, probe_panel
+from honeloom.reporting.panels.depth_sweep import depth_sweep_panel
+from honeloom.reporting.panels.domain_maps import domain_map_panel, entropy_map_panel
+from honeloom.reporting.panels.domain_mix import domain_mix_panel
+from honeloom.reporting.panels.entropy import entropy_panel
 from honeloom.reporting.panels.importance import importance_panel
 from honeloom.reporting.panels.kept_rows import kept_rows_panel
 from honeloom.reporting.panels.loss_curve import loss_curve_panel
@@ -24,7 +30,8 @@ __all__ = ["PANELS"]
 PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     "select": (
         trust_panel, cluster_values_panel, removal_panel, row_map_panel,
-        scores_panel, kept_panel, pool_rows_panel, kept_rows_panel,
+        band_curve_panel, domain_map_panel, entropy_map_panel, entropy_panel, probe_panel, depth_sweep_panel,
+        labels_panel, domain_mix_panel, scores_panel, kept_panel, pool_rows_panel, kept_rows_panel,
     ),
     "tune": (loss_curve_panel,),
     "merge": (),

@@ -9,7 +9,7 @@ from typing import Any
 from honeloom.reporting.panel import INK, Panel, by_name, figure, vertical_line
 from honeloom.reporting.row_texts import find_rows
 from honeloom.reporting.text import number, plural
-from honeloom.reporting.valuation import best_first, label_of_clusters, told_v, unit_of
+from honeloom.reporting.valuation import best_first, has_domains, label_of_clusters, told_v, unit_of
 from honeloom.types.report import Report
 
 __all__ = ["cluster_values_panel"]
@@ -22,8 +22,11 @@ Z = 1.96
 
 
 def cluster_values_panel(folder: Path, report: Report) -> Panel | None:
-    """Values of the clusters, the best first, with 95 % intervals; None where no clusters were valued."""
-    clusters = best_first(folder)
+    """Values of the clusters, the best first, with 95 % intervals; None where no clusters were valued.
+
+    Pseudo-domains are not: their value is a mean over their rows.
+    """
+    clusters = [] if has_domains(folder) else best_first(folder)
     if not clusters:
         return None
     gap = len(clusters) - 2 * EACH

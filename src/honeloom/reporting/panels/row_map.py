@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from honeloom.reporting.text import clip, number
 from honeloom.reporting.valuation import read_columns
 from honeloom.types.report import Report
 
-__all__ = ["row_map_panel"]
+__all__ = ["ENDS", "ID", "bare_axis", "colours", "even_sample", "row_map_panel", "short_places", "value_traces"]
 
 MOST = 3_000
 """Points drawn: each is an element of the page's picture."""
@@ -28,12 +29,16 @@ Floats = npt.NDArray[np.float64]
 
 
 def row_map_panel(folder: Path, report: Report) -> Panel | None:
-    """Rows by the position of their vectors, coloured by value; None without positions or clusters."""
-    table = read_columns(folder / "scores.parquet", ("id", "score", "cluster", "selected", "x", "y"))
-    if table is None or table["score"].null_count == len(table):
+    """Rows by the position of their vectors, coloured by the value of their cluster.
+
+    None without positions or clusters, and where a value is a row's own: those have a map by domain.
+    """
+    needed = ("id", "score", "cluster", "selected", "x", "y")
+    table = read_columns(folder / "scores.parquet", needed, ("pseudo_domain",))
+    if table is None or "pseudo_domain" in table.column_names or table["score"].null_count == len(table):
         return None
     table = table.filter(pc.and_(table["x"].is_valid(), table["y"].is_valid()))
-    picked = _even_sample(table["cluster"].to_numpy().astype(float), report.seed)
+    picked = even_sample(table["cluster"].to_numpy().astype(float), report.seed)
     drawn = table.take(picked)
     scores = table["score"].to_numpy().astype(float)
     low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
@@ -50,8 +55,9 @@ def row_map_panel(folder: Path, report: Report) -> Panel | None:
         columns=("cluster", "value", "rows", "kept", "middle x", "middle y"),
         rows=_by_cluster(table),
         figure=figure(
-            _traces(drawn), x="", y="", height=480, coloraxis=_colours(middle, reach),
-            xaxis=_bare(), yaxis=_bare(), hovermode="closest",
+            value_traces(drawn, "score", "value"), x="", y="", height=480,
+            coloraxis=colours("value", SCALE, middle - reach, middle + reach),
+            xaxis=bare_axis(), yaxis=bare_axis(), hovermode="closest",
         ),
         note="Rows near each other have alike vectors, seen in the plane of their largest variance. A row's colour is "
         f"the value of its cluster: blue high, orange low, grey {'zero' if middle == 0.0 else 'midway'}.{beyond} "
@@ -62,7 +68,7 @@ def row_map_panel(folder: Path, report: Report) -> Panel | None:
     )  # fmt: skip
 
 
-def _even_sample(cluster: Floats, seed: int) -> npt.NDArray[np.int64]:
+def even_sample(cluster: Floats, seed: int) -> npt.NDArray[np.int64]:
     """Every k-th row of the rows sorted by cluster, from a start drawn by the seed; ascending."""
     order = np.argsort(cluster, kind="stable")
     if len(order) <= MOST:
@@ -71,13 +77,25 @@ def _even_sample(cluster: Floats, seed: int) -> npt.NDArray[np.int64]:
     return np.sort(order[((np.arange(MOST) + start) * len(order) / MOST).astype(np.int64)])
 
 
-def _traces(drawn: pa.Table) -> list[dict[str, Any]]:
-    """Rows without a value, rows left out, and kept ones on top."""
-    score, kept = drawn["score"].to_numpy().astype(float), drawn["selected"].to_numpy()
+def value_traces(
+    drawn: pa.Table, column: str, called: str, texts: Sequence[str] | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows without a value, rows left out, and kept ones on top, coloured by a column.
+
+    Parameters
+    ----------
+    drawn : table
+        With id, selected, x, y and the column; with cluster unless `texts` are given.
+    column, called : str
+        What the colour says, and its name in a hover text.
+    texts : sequence of str, optional
+        Hover text of every row; default: id and cluster.
+    """
+    score, kept = drawn[column].to_numpy().astype(float), drawn["selected"].to_numpy()
     known = np.isfinite(score)
-    shared = {"x": _short(drawn["x"]), "y": _short(drawn["y"])}
+    shared = {"x": short_places(drawn["x"]), "y": short_places(drawn["y"])}
     looks: list[tuple[str, npt.NDArray[np.bool_], dict[str, Any]]] = [
-        ("without a value", ~known, {"symbol": "x", "size": 5}),
+        (f"without {'an' if called[0] in 'aeiou' else 'a'} {called}", ~known, {"symbol": "x", "size": 5}),
         ("left out", known & ~kept, {"symbol": "circle", "size": 5, "opacity": 0.8}),
         ("kept", known & kept, {"symbol": "diamond", "size": 9, "line": {"color": INK, "width": 1.2}}),
     ]
@@ -87,16 +105,14 @@ def _traces(drawn: pa.Table) -> list[dict[str, Any]]:
         if not len(at):
             continue
         value = ""
-        colours: dict[str, Any] = {"color": GREY}
+        shade: dict[str, Any] = {"color": GREY}
         if known[at[0]]:
-            colours = {"color": [float(f"{v:.4g}") for v in score[at]], "coloraxis": "coloraxis"}
-            value = "<br>value %{marker.color:.4g}"
+            shade = {"color": [float(f"{v:.4g}") for v in score[at]], "coloraxis": "coloraxis"}
+            value = f"<br>{called} %{{marker.color:.4g}}"
         points = {
             **{axis: [values[i] for i in at] for axis, values in shared.items()},
-            "text": [clip(row, ID) for row in drawn["id"].take(at).to_pylist()],
-            "customdata": drawn["cluster"].take(at).to_pylist(),
-            "marker": {**marker, **colours},
-            "hovertemplate": f"%{{text}}<br>cluster %{{customdata}}{value}<extra>{name}</extra>",
+            **_hover(drawn, at, texts, value, name),
+            "marker": {**marker, **shade},
         }
         # The legend cannot show a colour that is a number: a trace of no point stands there in grey.
         example = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": GREY}}
@@ -105,7 +121,19 @@ def _traces(drawn: pa.Table) -> list[dict[str, Any]]:
     return traces
 
 
-def _short(column: pa.ChunkedArray) -> list[float]:
+def _hover(
+    drawn: pa.Table, at: npt.NDArray[np.int64], texts: Sequence[str] | None, value: str, name: str
+) -> dict[str, Any]:
+    if texts is not None:
+        return {"text": [texts[i] for i in at], "hovertemplate": f"%{{text}}{value}<extra>{name}</extra>"}
+    return {
+        "text": [clip(row, ID) for row in drawn["id"].take(at).to_pylist()],
+        "customdata": drawn["cluster"].take(at).to_pylist(),
+        "hovertemplate": f"%{{text}}<br>cluster %{{customdata}}{value}<extra>{name}</extra>",
+    }
+
+
+def short_places(column: pa.ChunkedArray) -> list[float]:
     """Coordinates to a thousandth of their range: finer than a pixel, and few characters."""
     values = column.to_numpy().astype(float)
     span = float(np.ptp(values)) or 1.0
@@ -125,13 +153,14 @@ def _by_cluster(table: pa.Table) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
-def _colours(middle: float, reach: float) -> dict[str, Any]:
+def colours(called: str, scale: Sequence[tuple[float, str]], low: float, high: float) -> dict[str, Any]:
+    """A colour axis between two values, with its bar."""
     return {
-        "colorscale": [list(stop) for stop in SCALE],
-        "cmin": middle - reach,
-        "cmax": middle + reach,
+        "colorscale": [list(stop) for stop in scale],
+        "cmin": low,
+        "cmax": high,
         "colorbar": {
-            "title": {"text": "value", "font": {"size": 13}},
+            "title": {"text": called, "font": {"size": 13}},
             "thickness": 12,
             "len": 0.9,
             "outlinewidth": 0,
@@ -140,6 +169,6 @@ def _colours(middle: float, reach: float) -> dict[str, Any]:
     }
 
 
-def _bare() -> dict[str, Any]:
+def bare_axis() -> dict[str, Any]:
     """An axis without numbers: only nearness means something."""
     return {"showticklabels": False, "zeroline": False, "title": {"text": ""}}

@@ -24,8 +24,11 @@ GROUPS = 30
 def scores_panel(folder: Path, report: Report) -> Panel | None:
     """Histogram of scores, kept and left out; None where all are missing or equal.
 
-    The outermost 5 % on each side are counted in the first and the last bar.
+    None as well where they are entropies, which have a panel of their own. The outermost 5 % on
+    each side are counted in the first and the last bar.
     """
+    if report.details.get("reward") == "entropy" and "entropy" in pq.read_schema(folder / "scores.parquet").names:
+        return None
     table = pq.read_table(folder / "scores.parquet", columns=["score", "selected"])
     known = table.filter(table["score"].is_valid())
     scores, selected = known["score"].to_numpy().astype(float), known["selected"].to_numpy()
@@ -58,11 +61,18 @@ def scores_panel(folder: Path, report: Report) -> Panel | None:
 
 
 def kept_panel(folder: Path, report: Report) -> Panel | None:
-    """Share kept of every domain (or source, or cluster), and how far the mix differs from that of all rows."""
+    """Share kept of every domain (or source, or cluster), and how far the mix differs from that of all rows.
+
+    None where there is one source and rows are told apart by pseudo-domains only.
+    """
     file = folder / "scores.parquet"
-    have = [c for c in ("domain", "source", "cluster", "tokens") if c in pq.read_schema(file).names]
+    names = pq.read_schema(file).names
+    of_domains = "pseudo_domain" in names  # clusters are these, and have a panel of their own
+    have = [c for c in ("domain", "source", "cluster", "tokens") if c in names and not (of_domains and c == "cluster")]
     table = pq.read_table(file, columns=[*have, "selected"])
     by = _grouping(table)
+    if of_domains and by == "source" and len(table["source"].unique()) == 1:
+        return None
     total, kept = _counts(table, by)
     names = [g for g, _ in total.most_common()]
     largest = "largest of"
