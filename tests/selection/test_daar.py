@@ -85,7 +85,7 @@ def test_rows_between_domains_come_first():
     assert scores.details["probe"]["accuracy"] > 0.9
     assert min(scores.value) >= 0 and max(scores.value) <= math.log(KINDS)
     assert set(scores.columns) == {
-        "cluster", "pseudo_domain", "entropy", "p_max", "phi_inter", "phi_intra", "x", "y"
+        "cluster", "pseudo_domain", "entropy", "p_max", "probe_domain", "phi_inter", "phi_intra", "x", "y"
     }  # fmt: skip
     assert scores.columns["entropy"] == list(scores.value)
     means = [np.mean([v for v, c in zip(scores.value, scores.columns["cluster"], strict=True) if c == k])

@@ -4,65 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.errors import RowsError
+from honeloom.data.overlap import question_digest, question_digests
+from honeloom.errors import ConfigError, RowsError
+from honeloom.ops.noise import keyed_uniform
 from honeloom.selection.config import Embedding, HiddenEmbedding
-from honeloom.selection.daar_config import EARLY, DaarConfig
+from honeloom.selection.daar_config import EARLY, DaarConfig, RoundTuning
 from honeloom.selection.domain_tables import domain_columns, domain_details, domain_table, finite_or_none
-from honeloom.selection.domains import Domains, centroids_of, constrained_kmeans, discover
-from honeloom.selection.probe import CrossFit, cross_fit, entropy
-from honeloom.selection.seeds import JoinedRows, read_seeds, seed_labels
+from honeloom.selection.domains import Domains, centroids_of, constrained_kmeans, discover, nearest
+from honeloom.selection.probe import LEARN_ROWS, CrossFit, cross_fit, entropy
+from honeloom.selection.seeds import JoinedRows, PickedRows, read_probe_rows, read_seeds, seed_labels
 from honeloom.selection.synthesis import synthesise
 from honeloom.selection.vectors import inverse_lengths
 from honeloom.types.plans import Scores
-from honeloom.types.ports import SelectionData, Vectors
+from honeloom.types.ports import EmbedPort, SelectionData, Vectors
 from honeloom.types.rows import Row
 
 __all__ = ["daar", "focused_order"]
 
 Values = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
 Path = Literal["seeds", "synthesis", "clusters"]
-EMBEDDING = HiddenEmbedding(depth=EARLY)
+EMBEDDING, TUNING = HiddenEmbedding(depth=EARLY), RoundTuning()
 FOCUS_SHARE, OTHER_SHARE = 0.5, 0.1
 """Of the rows of the domain in focus, and of any other domain's: the paper's customised variant."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Domains of the rows, how they were found, and the vectors by which."""
+    """Domains of the rows, how they were found, and the vectors by which.
+
+    `taught` are rows beside the pool's that a probe learns from, and `taught_labels` their domains.
+    """
 
     path: Path
     domains: Domains
     vectors: Vectors
-    features: Vectors
+    seeds: list[Row]
+    taught: list[Row]
+    taught_labels: Labels
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Where the probe read, what it said, and what every round or depth before it said."""
+
+    depth: float
+    fit: CrossFit
+    sweep: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
 
 
 def daar(
     data: SelectionData, *, seeds: str | None = None, domains: Mapping[str, str] | None = None,
     generator: str | None = None, samples: int = 10, similarity: float = 0.85, clusters: int | None = None,
-    embedding: Embedding = EMBEDDING, depth: float = EARLY, folds: int = 2,
-    reward: Literal["entropy", "predicted"] = "entropy", focus: str | None = None,
+    embedding: Embedding = EMBEDDING, depth: float = EARLY, sweep: Sequence[float] = (), folds: int = 2,
+    probe_rows: str | None = None, reward: Literal["entropy", "predicted"] = "entropy", focus: str | None = None,
+    rounds: int = 1, tuning: RoundTuning = TUNING,
 ) -> Scores:  # fmt: skip
     """Value every row by how unsure a probe on the model's early states is of the row's domain.
 
     Rows get a pseudo-domain, by constrained k-means from the centroids of seed rows, which are
     read from a file or written by a model, or by clusters whose number parts of the rows agree
-    on. A probe learns the pseudo-domains
-    from the mean hidden state at `depth`; the value is the entropy of what it says of a row
-    that it did not learn from, in nats.
+    on. A probe learns the pseudo-domains from the mean hidden state at `depth`; the value is the
+    entropy of what it says of a row that it did not learn from, in nats. With more rounds, the
+    model is tuned on what the last one chose and probed again.
 
     Parameters
     ----------
     data : SelectionData
-        With `embed`, and for `domains` with `open_generator`.
-    seeds, domains, generator, samples, similarity, clusters, embedding, depth, folds, reward, focus
-        As in `DaarConfig`.
+        With `embed`; for `domains` with `open_generator`, for `rounds` with `tuned` and `wanted`.
+    seeds, domains, generator, samples, similarity, clusters, embedding, depth, sweep, folds
+        As in `DaarConfig`, and so are `probe_rows`, `reward`, `focus`, `rounds` and `tuning`.
 
     Returns
     -------
@@ -76,16 +95,21 @@ def daar(
     RowsError
         There is one domain only, for then every entropy is 0; or too few rows; or no domain is
         called `focus`.
+    ConfigError
+        More rounds are wanted of a choice whose size in rows is not known beforehand.
 
     References
     ----------
-    Ling et al. 2025 (DaaR), arXiv:2502.04380. Temperature, folds and the widths of the probe
-    are ours.
+    Ling et al. 2025 (DaaR), arXiv:2502.04380. Temperature, folds, the widths of the probe and
+    further rounds are ours.
     """
     config = DaarConfig(
         seeds=seeds, clusters=clusters, embedding=embedding, depth=depth, folds=folds, reward=reward, focus=focus,
-        domains=dict(domains or {}), generator=generator, samples=samples, similarity=similarity,
+        domains=dict(domains or {}), generator=generator, samples=samples, similarity=similarity, sweep=tuple(sweep),
+        probe_rows=probe_rows, rounds=rounds, tuning=tuning,
     )  # fmt: skip
+    if rounds > 1 and data.wanted is None:
+        raise ConfigError("method.rounds: the model is tuned on a number of rows; give --keep in rows or as a share")
     found = _domains(data, config)
     if found.domains.count < 2:
         raise RowsError(
@@ -94,41 +118,38 @@ def daar(
         )
     if focus is not None and focus not in found.domains.names:
         raise RowsError(f"daar: no domain is called {focus!r} (domains: {', '.join(found.domains.names)})")
-    known = np.where(inverse_lengths(found.features) > 0, found.domains.labels, -1)
-    if (known >= 0).sum() < 2 * folds:
-        raise RowsError(f"daar: {(known >= 0).sum()} rows have a vector, and {folds} folds need {2 * folds} at least")
-    fit = cross_fit(
-        found.features, known, found.domains.count, ids=data.rows.ids, seed=data.seed, folds=folds,
-        regress=reward == "predicted",
-    )  # fmt: skip
+    read = _read(data, config, found)
     data.say(
-        f"daar: {found.domains.count} domains by {found.path}; the probe names the domain of {fit.accuracy:.1%} of "
-        f"rows it did not learn from, with a calibration error of {fit.calibration_error:.3f}"
+        f"daar: {found.domains.count} domains by {found.path}; the probe names the domain of {read.fit.accuracy:.1%} "
+        f"of rows it did not learn from, with a calibration error of {read.fit.calibration_error:.3f}"
     )
-    return _scores(data, config, found, fit)
+    return _scores(data, config, found, read)
 
 
 def _domains(data: SelectionData, config: DaarConfig) -> _Found:
-    """Pseudo-domains of the rows; seeds are embedded with them, for vectors are standardised together."""
-    given, path, told_of = _seeds(data, config)
-    table = JoinedRows(given, data.rows)
-    both = data.embed(table, config.embedding)
-    probed = HiddenEmbedding(depth=config.depth)
-    features = both if probed == config.embedding else data.embed(table, probed)
-    vectors, features = both[len(given) :], features[len(given) :]
-    if not (inverse_lengths(vectors) > 0).any():
-        raise RowsError(f"daar: none of the {len(data.rows)} rows has a vector; use another embedding")
+    """Pseudo-domains of the rows; other rows are embedded with them, for vectors are standardised together."""
+    given, path, told = _seeds(data, config)
+    taught = _taught(data, config)
+    both = data.embed(JoinedRows([*given, *taught], data.rows), config.embedding)
+    held, learnt, vectors = both[: len(given)], both[len(given) : len(given) + len(taught)], both[len(given) :]
+    vectors = vectors[len(taught) :]
+    base, ids = (learnt, [row.id for row in taught]) if taught else (vectors, data.rows.ids)
+    if not (inverse_lengths(vectors) > 0).any() or not (inverse_lengths(base) > 0).any():
+        raise RowsError(f"daar: none of the {len(base)} rows has a vector; use another embedding")
     if given:
         names, labels = seed_labels(given)
-        held = np.asarray(both[: len(given)])
-        start = centroids_of(held, labels, len(names))
-        domains = constrained_kmeans(vectors, start, names, seeds=held, seed_labels=labels)
-        if told := domains.warning():
-            data.warn(f"daar: {told}")
-        counts = {name: int((labels == k).sum()) for k, name in enumerate(names)}
-        return _Found(path, domains, vectors, features, {**told_of, "seeds": counts})
-    domains, stability = discover(vectors, config.clusters, ids=data.rows.ids, seed=data.seed)
-    return _Found(path, domains, vectors, features, {**told_of, "stability": stability and asdict(stability)})
+        start = centroids_of(np.asarray(held), labels, len(names))
+        domains = constrained_kmeans(base, start, names, seeds=np.asarray(held), seed_labels=labels)
+        if warning := domains.warning():
+            data.warn(f"daar: {warning}")
+        told["seeds"] = {name: int((labels == k).sum()) for k, name in enumerate(names)}
+    else:
+        domains, stability = discover(base, config.clusters, ids=ids, seed=data.seed)
+        told["stability"] = stability and asdict(stability)
+    taught_labels = domains.labels if taught else np.zeros(0, dtype=np.int64)
+    if taught:
+        domains = replace(domains, labels=nearest(vectors, domains.centroids))
+    return _Found(path, domains, vectors, given, taught, taught_labels, told)
 
 
 def _seeds(data: SelectionData, config: DaarConfig) -> tuple[list[Row], Path, dict[str, Any]]:
@@ -146,6 +167,96 @@ def _seeds(data: SelectionData, config: DaarConfig) -> tuple[list[Row], Path, di
         "seed rows (method.seeds)"
     )
     return [], "clusters", told
+
+
+def _taught(data: SelectionData, config: DaarConfig) -> list[Row]:
+    """Rows of the user's for the probe to learn from, less those that are also to be chosen from."""
+    if config.probe_rows is None:
+        return []
+    rows, ids, asked = read_probe_rows(config.probe_rows), set(data.rows.ids), question_digests(data.rows)
+    left = [row for row in rows if row.id not in ids and question_digest(row) not in asked]
+    if len(left) < len(rows):
+        data.warn(f"daar: {len(rows) - len(left)} of {len(rows)} probe rows are also to be chosen from; left out")
+    if len(left) < 2 * config.folds:
+        raise RowsError(f"{config.probe_rows}: {len(left)} rows for the probe to learn from; give more, or none at all")
+    return left
+
+
+def _read(data: SelectionData, config: DaarConfig, found: _Found) -> _Reading:
+    """Probe at the depth that is set or found best, and again after every tuning on what was chosen."""
+    depth, sweep = _best_depth(data, config, found)
+    embed, fit, told, before = data.embed, None, list[dict[str, Any]](), set[int]()
+    for number in range(1, config.rounds + 1):
+        if fit is not None:
+            before = set(_order(data, config, found, fit)[: data.wanted])
+            data.say(f"daar: round {number}: the model is tuned on {len(before)} rows")
+            embed = data.tuned([row for i, row in enumerate(data.rows) if i in before], config.tuning)
+        fit = _probe(data, config, found, embed, depth)
+        now = set(_order(data, config, found, fit)[: data.wanted]) if config.rounds > 1 else set()
+        kept = len(before & now) / len(before) if before else None
+        told.append(
+            {"round": number, "accuracy": fit.accuracy, "calibration_error": fit.calibration_error, "kept": kept}
+        )
+    assert fit is not None  # there is a first round
+    return _Reading(depth, fit, sweep, told)
+
+
+def _best_depth(data: SelectionData, config: DaarConfig, found: _Found) -> tuple[float, list[dict[str, Any]]]:
+    """The depth whose probe has the least loss on rows it did not learn from, and what every depth gave."""
+    if not config.sweep:
+        return config.depth, []
+    places = range(len(data.rows))
+    if len(places) > LEARN_ROWS:
+        draws = keyed_uniform(data.seed, "daar/sweep", data.rows.ids)
+        places = np.sort(np.argsort(draws, kind="stable")[:LEARN_ROWS]).tolist()
+    told: list[dict[str, Any]] = []
+    for depth in config.sweep:
+        fit = _probe(data, config, found, data.embed, depth, places)
+        told.append(
+            {"depth": depth, "accuracy": fit.accuracy, "loss": fit.loss, "calibration_error": fit.calibration_error}
+        )
+    best = min(told, key=lambda one: (one["loss"], one["depth"]))
+    data.say(f"daar: of depths {', '.join(f'{d:g}' for d in config.sweep)} the probe is best at {best['depth']:g}")
+    return best["depth"], [{**one, "chosen": one is best} for one in told]
+
+
+def _probe(
+    data: SelectionData, config: DaarConfig, found: _Found, embed: EmbedPort, depth: float,
+    places: Sequence[int] | None = None,
+) -> CrossFit:  # fmt: skip
+    """What the probe says of the pool's rows, or of those at some places."""
+    rows = data.rows if places is None or len(places) == len(data.rows) else PickedRows(data.rows, places)
+    # With the seeds, where they are: at the depth of the domains the vectors are there already.
+    table = JoinedRows([*found.seeds, *found.taught], rows)
+    features = embed(table, HiddenEmbedding(depth=depth))[len(found.seeds) :]
+    own = found.domains.labels if rows is data.rows else found.domains.labels[np.asarray(places)]
+    labels = np.concatenate([found.taught_labels, own])
+    known = np.where(inverse_lengths(features) > 0, labels, -1)
+    if (known >= 0).sum() < 2 * config.folds:
+        raise RowsError(
+            f"daar: {(known >= 0).sum()} rows have a vector, and {config.folds} folds need {2 * config.folds} at least"
+        )
+    teach = np.arange(len(known)) < len(found.taught) if found.taught else None
+    fit = cross_fit(
+        features, known, found.domains.count, ids=[*(row.id for row in found.taught), *rows.ids], seed=data.seed,
+        folds=config.folds, regress=config.reward == "predicted", teach=teach,
+    )  # fmt: skip
+    skip = len(found.taught)
+    predicted = None if fit.predicted is None else fit.predicted[skip:]
+    return replace(fit, probabilities=fit.probabilities[skip:], entropies=fit.entropies[skip:], predicted=predicted)
+
+
+def _value(fit: CrossFit) -> Values:
+    measured = fit.entropies if fit.predicted is None else fit.predicted
+    return np.where(np.isfinite(measured), measured, -math.inf)
+
+
+def _order(data: SelectionData, config: DaarConfig, found: _Found, fit: CrossFit) -> list[int]:
+    """Rows as they are taken."""
+    value, ids, domains = _value(fit), data.rows.ids, found.domains
+    if config.focus is not None:
+        return focused_order(value, domains.labels, domains.names.index(config.focus), ids)
+    return sorted(range(len(ids)), key=lambda i: (-value[i], ids[i]))
 
 
 def focused_order(values: Values, labels: npt.NDArray[np.int64], focus: int, ids: Sequence[str]) -> list[int]:
@@ -167,16 +278,19 @@ def focused_order(values: Values, labels: npt.NDArray[np.int64], focus: int, ids
     return sorted(range(len(ids)), key=lambda i: (turn[i], -values[i], ids[i]))
 
 
-def _scores(data: SelectionData, config: DaarConfig, found: _Found, fit: CrossFit) -> Scores:
-    ids, domains = data.rows.ids, found.domains
-    measured = fit.entropies if fit.predicted is None else fit.predicted
-    value = np.where(np.isfinite(measured), measured, -math.inf)
+def _scores(data: SelectionData, config: DaarConfig, found: _Found, read: _Reading) -> Scores:
+    ids, domains, fit = data.rows.ids, found.domains, read.fit
+    value = _value(fit)
     columns = domain_columns(data.rows, found.vectors, domains, seed=data.seed)
-    order = None
-    if config.focus is not None:
-        order = focused_order(value, domains.labels, domains.names.index(config.focus), ids)
-    own = {"entropy": finite_or_none(fit.entropies), "p_max": finite_or_none(fit.probabilities.max(axis=1))}
+    known = np.isfinite(fit.entropies)
+    likeliest = np.argmax(np.nan_to_num(fit.probabilities), axis=1)
+    own = {
+        "entropy": finite_or_none(fit.entropies),
+        "p_max": finite_or_none(fit.probabilities.max(axis=1)),
+        "probe_domain": [domains.names[k] if there else None for k, there in zip(likeliest, known, strict=True)],
+    }
     mean = np.nanmean(fit.probabilities, axis=0)
+    order = None if config.focus is None else _order(data, config, found, fit)
     return Scores(
         tuple(value.tolist()), True, "daar", columns={**columns, **own}, order=order,
         clusters=domain_table(ids, domains, fit.entropies, columns["phi_intra"]),
@@ -184,20 +298,25 @@ def _scores(data: SelectionData, config: DaarConfig, found: _Found, fit: CrossFi
             "path": found.path,
             **domain_details(data.rows, found.vectors, domains),
             "effective_domains_of_probe": math.exp(float(entropy(mean / mean.sum()))),
-            "probe": _probe_details(config, domains, fit),
+            "probe": _probe_details(config, found, read),
+            "sweep": read.sweep,
+            "rounds": read.rounds,
             "reward": config.reward,
             **found.details,
         },
     )  # fmt: skip
 
 
-def _probe_details(config: DaarConfig, domains: Domains, fit: CrossFit) -> dict[str, Any]:
+def _probe_details(config: DaarConfig, found: _Found, read: _Reading) -> dict[str, Any]:
+    fit = read.fit
     return {
-        "depth": config.depth,
-        "folds": config.folds,
+        "depth": read.depth,
+        "folds": None if found.taught else config.folds,
+        "probe_rows": len(found.taught),
         "accuracy": fit.accuracy,
+        "loss": fit.loss,
         "calibration_error": fit.calibration_error,
         "temperature": list(fit.temperature),
         "epochs": list(fit.epochs),
-        "most_entropy": math.log(domains.count),
+        "most_entropy": math.log(found.domains.count),
     }

@@ -21,7 +21,7 @@ from honeloom.types.ports import Vectors
 
 __all__ = [
     "Domains", "Spread", "Stability", "centroids_of", "constrained_kmeans", "cosines", "discover", "diversity",
-    "find_domains", "labelled_domains", "set_diversity", "stable_count",
+    "find_domains", "labelled_domains", "nearest", "set_diversity", "stable_count",
 ]  # fmt: skip
 
 Values = npt.NDArray[np.float64]
@@ -175,12 +175,12 @@ def constrained_kmeans(
     """
     held = np.zeros((0, vectors.shape[1]), np.float32) if seeds is None else seeds
     given = np.zeros(0, np.int64) if seed_labels is None else seed_labels
-    labels = _nearest(vectors, centroids)
+    labels = nearest(vectors, centroids)
     if not (labels >= 0).any():
         raise ValueError("no row has a vector")
     for _ in range(ITERATIONS):
         centroids = _joint_means(vectors, labels, held, given, centroids)
-        moved = _nearest(vectors, centroids)
+        moved = nearest(vectors, centroids)
         if np.array_equal(moved, labels):
             break
         labels = moved
@@ -191,8 +191,8 @@ def constrained_kmeans(
     return Domains(centroids[used], final, tuple(names[k] for k in used), dropped)
 
 
-def _nearest(vectors: Vectors, centroids: Values) -> Labels:
-    """Domain (N,) of the largest cosine, ties to the first; -1 for a zero row."""
+def nearest(vectors: Vectors, centroids: Values) -> Labels:
+    """Domain (N,) whose centroid (K, d) has the largest cosine with the row, ties to the first; -1 for a zero row."""
     labels = np.empty(len(vectors), dtype=np.int64)
     for part, found in cosines(vectors, centroids):
         usable = np.asarray(vectors[part]).any(axis=1)
@@ -270,7 +270,7 @@ def _agreement(sample: Vectors, names: Sequence[str], count: int, seed: int, spl
     labels = []
     for part in parts[:2]:
         found = _best_start(sample[part], count, [names[i] for i in part], seed, STARTS_OF_PART)
-        labels.append(_nearest(sample[parts[2]], found.centroids.astype(np.float64)))
+        labels.append(nearest(sample[parts[2]], found.centroids.astype(np.float64)))
     return float(adjusted_mutual_info_score(*labels))
 
 

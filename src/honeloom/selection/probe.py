@@ -33,6 +33,7 @@ WIDEST = 256
 """The paper's last hidden layer, and the most of any of ours: a few thousand rows do not determine the 76 million
 weights that the trunk has at length 4,096, and a machine without a GPU trains this one in seconds."""
 NARROWEST = 32
+FEWEST_TAUGHT = 2
 LEARN_ROWS = 5000
 """Rows a probe learns from at most, as in the paper."""
 HELD_OUT, FEWEST_HELD_OUT = 0.1, 100
@@ -64,6 +65,8 @@ class CrossFit:
         Share of the rows whose likeliest domain is their label; each by a probe that did not learn from it.
     calibration_error : float
         Mean gap between confidence and accuracy over 15 bins of confidence, in [0, 1].
+    loss : float
+        Mean of minus the log of the label's probability, in nats, over the same rows.
     epochs : tuple of int
         Passes until the held-out loss was lowest, by probe.
     """
@@ -74,6 +77,7 @@ class CrossFit:
     temperature: tuple[float, ...]
     accuracy: float
     calibration_error: float
+    loss: float
     epochs: tuple[int, ...]
 
 
@@ -129,9 +133,9 @@ def calibration_error(probabilities: Values, labels: Labels) -> float:
 
 def cross_fit(
     features: Vectors, labels: Labels, count: int, *, ids: Sequence[str], seed: int, folds: int = 2,
-    regress: bool = False,
+    regress: bool = False, teach: npt.NDArray[np.bool_] | None = None,
 ) -> CrossFit:  # fmt: skip
-    """Train a probe per fold on the other folds' rows and let it score the fold.
+    """Train a probe per fold on the other folds' rows and let it score the fold; or one on the rows meant for it.
 
     Parameters
     ----------
@@ -147,6 +151,9 @@ def cross_fit(
         At least 2; every domain is spread evenly over them.
     regress : bool
         Whether a second network learns the first one's entropies, as the paper's reward.
+    teach : array (N,) of bool, optional
+        Rows that one probe learns from; it scores the others, and `folds` has no part in it. The
+        rows that taught get NaN.
 
     Returns
     -------
@@ -155,7 +162,7 @@ def cross_fit(
     Raises
     ------
     ValueError
-        Fewer than two domains, or fewer scored rows than folds.
+        Fewer than two domains, or fewer rows to learn from than folds need, or none to score.
 
     Notes
     -----
@@ -170,27 +177,40 @@ def cross_fit(
     order = np.array(sorted(np.flatnonzero(labels >= 0).tolist(), key=ids.__getitem__), dtype=np.int64)
     if count < 2 or len(order) < 2 * folds:
         raise ValueError(f"a probe needs 2 domains and 2 rows per fold, got {count} domains and {len(order)} rows")
-    fold = _folds(labels[order], [ids[i] for i in order], folds, seed)
+    parts = _parts(order, labels, ids, folds, seed) if teach is None else [(order[teach[order]], order[~teach[order]])]
+    if any(len(learn) < FEWEST_TAUGHT or not len(score) for learn, score in parts):
+        raise ValueError(f"a probe needs {FEWEST_TAUGHT} rows to learn from and one to score")
     probabilities = np.full((len(labels), count), np.nan)
     predicted = np.full(len(labels), np.nan) if regress else None
     temperatures, epochs = [], []
     with _one_thread():
-        for f in range(folds):
-            teach, score = order[fold != f], order[fold == f]
-            learn = _chosen(teach, ids, seed)
-            probes = [_Probe(features, labels, count, learn, seed, f"probe/{f}/{m}") for m in range(MEMBERS)]
+        for f, (learn, score) in enumerate(parts):
+            chosen = _chosen(learn, ids, seed)
+            probes = [_Probe(features, labels, count, chosen, seed, f"probe/{f}/{m}") for m in range(MEMBERS)]
             probabilities[score] = np.mean([p.probabilities(features, score) for p in probes], axis=0)
             if predicted is not None:
                 predicted[score] = np.mean([p.regress(features, score, seed) for p in probes], axis=0)
             temperatures += [p.temperature for p in probes]
             epochs += [p.epochs for p in probes]
-    scored, truth = probabilities[order], labels[order]
+    judged = order[np.isin(order, np.concatenate([score for _, score in parts]))]  # by id, so that sums are the same
+    scored, truth = probabilities[judged], labels[judged]
     entropies = np.full(len(labels), np.nan)
-    entropies[order] = entropy(scored)
+    entropies[judged] = entropy(scored)
     return CrossFit(
         probabilities, entropies, predicted, tuple(temperatures), float((scored.argmax(axis=1) == truth).mean()),
-        calibration_error(scored, truth), tuple(epochs),
+        calibration_error(scored, truth), _mean_loss(scored, truth), tuple(epochs),
     )  # fmt: skip
+
+
+def _parts(order: Labels, labels: Labels, ids: Sequence[str], folds: int, seed: int) -> list[tuple[Labels, Labels]]:
+    """Per fold the rows to learn from, and those to score."""
+    fold = _folds(labels[order], [ids[i] for i in order], folds, seed)
+    return [(order[fold != f], order[fold == f]) for f in range(folds)]
+
+
+def _mean_loss(probabilities: Values, labels: Labels) -> float:
+    right = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(right, np.finfo(np.float64).tiny)).mean())
 
 
 def _folds(labels: Labels, ids: Sequence[str], folds: int, seed: int) -> Labels:

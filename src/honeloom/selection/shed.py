@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.data.overlap import repeats
 from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.selection import sampling as drawing
 from honeloom.selection.config import Embedding, Estimator, HiddenEmbedding, ShedConfig, UtilityConfig
+from honeloom.selection.development import Development, development
 from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
 from honeloom.selection.in_run import first_order_values
 from honeloom.selection.shed_release import GROUPS, released_values
@@ -36,8 +36,6 @@ Bools = npt.NDArray[np.bool_]
 DEFAULT_BUDGET = 300
 MOST_PLAYERS = 3000
 ROWS_PER_PLAYER = 8
-MOST_HELD_OUT = 0.1
-"""Share of the rows that is held out at most where no target is given."""
 LABEL_PROXIES = 32
 """Rows that stand for a source or a domain, which no centroid describes."""
 FEWEST_STEPS = 8
@@ -104,8 +102,8 @@ def shed(
         standardise=standardise, curves=curves,
     )  # fmt: skip
     budget = data.budget or DEFAULT_BUDGET
-    dev, held_out, alike = _development(data, config.utility)
-    count = player_count(len(data.rows) - int(held_out.sum()), config.players, budget)
+    dev = development(data, config.utility, "shed")
+    count = player_count(len(data.rows) - int(dev.held_out.sum()), config.players, budget)
     vectors = data.embed(data.rows, config.embedding) if config.by == "embedding" else None
     if vectors is None:
         labels = data.rows.sources if config.by == "source" else data.rows.domains
@@ -113,19 +111,19 @@ def shed(
     else:
         groups = by_vectors(vectors, count, ids=data.rows.ids, seed=data.seed)
     each = config.proxies or (1 if config.by == "embedding" else LABEL_PROXIES)
-    allowed = ~(held_out | alike) & (groups.label >= 0)
+    allowed = ~(dev.held_out | dev.alike) & (groups.label >= 0)
     at = representatives(groups, allowed, each, data.rows.ids)
     if vectors is not None and groups.centroids is not None and config.mode != "standard":
         at = [[i] for i in nearest_of_all(vectors, groups.centroids, allowed)]
     if len([members for members in at if members]) < 2:
         raise RowsError(_too_few(config, len(at)))
-    playing = _play(data, at, dev, held_out)
+    playing = _play(data, at, dev)
     tuning = _with_steps(utility, playing)
     data.say(
         f"shed: {len(playing.rows)} players, each tuning {tuning.steps} steps of {tuning.batch_size} rows, scored on "
-        f"{len(dev)} rows; at most {budget} evaluations"
+        f"{len(dev.rows)} rows; at most {budget} evaluations"
     )
-    port = data.open_utility(playing.rows, dev, tuning)
+    port = data.open_utility(playing.rows, dev.rows, tuning)
     cheap = _surrogate(data, playing, tuning, config)
     found, removal = _value(data, port, cheap, config, budget, len(playing.rows))
     return _scores(data, config, groups, playing, found, cheap, removal)
@@ -155,37 +153,12 @@ def _too_few(config: ShedConfig, groups: int) -> str:
     return f"shed: the rows make {groups or 'no'} cluster, for they are all alike; values need at least 2 players"
 
 
-def _development(data: SelectionData, utility: UtilityConfig) -> tuple[list[Row], Bools, Bools]:
-    """Rows that score a tuning, which of the pool's rows they are, and which others ask the same."""
-    kinds = {"choice"} if utility.score == "accuracy" else {"chat", "text"}
-    table = data.target if data.target is not None else data.rows
-    draws = keyed_uniform(data.seed, "shed/target", table.ids)
-    most = utility.target_rows
-    if data.target is None:
-        most = max(1, min(most, int(MOST_HELD_OUT * len(table))))
-        data.warn(f"no target was given: {most} of the rows are held out to score tunings, and are taken last")
-    fit = [i for i, row in enumerate(table) if row.kind in kinds]
-    if not fit:
-        raise RowsError(
-            f"shed: none of the {len(table)} rows of the target is of kind {' or '.join(sorted(kinds))}, which score "
-            f"{utility.score!r} needs; give other rows (--target) or another method.utility.score"
-        )
-    chosen = set(sorted(fit, key=lambda i: (draws[i], table.ids[i]))[:most])
-    dev = [row for i, row in enumerate(table) if i in chosen]
-    held_out, alike = np.zeros(len(data.rows), dtype=bool), np.zeros(len(data.rows), dtype=bool)
-    if data.target is None:
-        held_out[list(chosen)] = True
-        alike[[i for i, _, _ in repeats(dev, data.rows) if i not in chosen]] = True
-        if alike.any():
-            data.warn(f"{int(alike.sum())} other rows ask what a held-out row asks; they stand for no cluster")
-    return dev, held_out, alike
-
-
-def _play(data: SelectionData, at: Sequence[Sequence[int]], dev: list[Row], held_out: Bools) -> _Players:
+def _play(data: SelectionData, at: Sequence[Sequence[int]], dev: Development) -> _Players:
     wanted = {i for group in at for i in group}
     rows = {i: row for i, row in enumerate(data.rows) if i in wanted}
     playing = [g for g, members in enumerate(at) if members]
-    return _Players(playing, [list(at[g]) for g in playing], [[rows[i] for i in at[g]] for g in playing], dev, held_out)
+    played = [[rows[i] for i in at[g]] for g in playing]
+    return _Players(playing, [list(at[g]) for g in playing], played, dev.rows, dev.held_out)
 
 
 def _with_steps(utility: UtilityConfig, players: _Players) -> UtilityConfig:

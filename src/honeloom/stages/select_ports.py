@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,8 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from honeloom.backends.hf.embed import Embedder
+from honeloom.backends.hf.chat import Encoder
+from honeloom.backends.hf.embed import Embedder, layer_at
 from honeloom.backends.hf.load import Loading
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.rowset import RowSet
@@ -17,11 +19,12 @@ from honeloom.errors import ConfigError, RowsError
 from honeloom.registry import load_target
 from honeloom.runs.journal import Journal, read_journal
 from honeloom.selection.config import SelectConfig, UtilityConfig
+from honeloom.selection.daar_config import RoundTuning
 from honeloom.selection.tfidf import tfidf_vectors
 from honeloom.selection.vectors import read_vectors, stored_vectors, unit_blocks
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.work import Work
-from honeloom.types.ports import GeneratePort, GradientPort, RowTable, SelectionData, UtilityPort, Vectors
+from honeloom.types.ports import EmbedPort, GeneratePort, GradientPort, RowTable, SelectionData, UtilityPort, Vectors
 from honeloom.types.rows import Row
 from honeloom.valuation.executors import Executor, Inline, Outcome, ProcessPool, Task, Utility
 from honeloom.valuation.ledger import Ledger
@@ -49,6 +52,7 @@ class Ports:
             budget=config.budget,
             wanted=wanted,
             embed=self.embed,
+            tuned=self.tuned,
             open_gradients=self.gradients,
             open_utility=self.utility,
             open_evaluations=self.evaluations,
@@ -83,9 +87,29 @@ class Ports:
 
         Hidden states are standardised first: a few of their dimensions are large in every row.
         """
+        return self._embed(rows, how, "", self._embedder)
+
+    def tuned(self, rows: Sequence[Row], settings: RoundTuning) -> EmbedPort:
+        """The model after a tuning on these rows, as one that embeds rows."""
+        model = self._tunable(settings.rank)
+        steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
+        tuning = load_target("honeloom.backends.hf.utility:TuningUtility")(
+            model, [rows], [], steps=steps, batch_size=settings.batch_size, lr=settings.lr, score="loss",
+            seed=self._work.config.seed,
+        )  # fmt: skip
+        scorer = tuning.tuned(frozenset({0}))
+        encoder = Encoder(scorer.encoder.tokenizer, scorer.encoder.max_length)
+
+        def embedder(depth: float) -> Embedder:
+            return Embedder(scorer.model, encoder, layer_at(scorer.model, depth), self._work.config.batch_size)
+
+        return lambda table, how: self._embed(table, how, tuning.fingerprint, embedder)
+
+    def _embed(self, rows: RowTable, how: Any, model: str, embedder: Callable[[float], Embedder]) -> Vectors:
+        """Vectors by `how` of the named model; "" is the model as it was given."""
         folder = self._work.dir / SCRATCH
         folder.mkdir(exist_ok=True)
-        digest = blake2b(how.model_dump_json().encode(), digest_size=8)
+        digest = blake2b(f"{model}\n{how.model_dump_json()}".encode(), digest_size=8)
         for row_id in rows.ids:  # a method may ask for vectors of other rows than the usable ones
             digest.update(b"\n" + row_id.encode("utf-8", "surrogatepass"))
         name = digest.hexdigest()
@@ -100,13 +124,13 @@ class Ports:
             raw = (
                 read_vectors(raw_path, len(rows), warn=self._work.log.warn)
                 if raw_path.exists()
-                else stored_vectors(raw_path, self._blocks(rows, how), len(rows))
+                else stored_vectors(raw_path, self._blocks(rows, how, embedder), len(rows))
             )
         vectors = stored_vectors(path, unit_blocks(raw, standardise=how.type == "hidden"), len(rows))
         raw_path.unlink(missing_ok=True)
         return vectors
 
-    def _blocks(self, rows: RowTable, how: Any) -> Iterator[Vectors]:
+    def _blocks(self, rows: RowTable, how: Any, embedder: Callable[[float], Embedder]) -> Iterator[Vectors]:
         config, track = self._work.config, self._work.log.track
         if how.type == "tfidf":
             return tfidf_vectors(rows, size=how.size, seed=config.seed)
@@ -118,12 +142,14 @@ class Ports:
             name = str(paths[0]) if paths else how.encoder
             return encode(track(rows, "embed rows", len(rows)), name, device=config.device,
                           batch_size=config.batch_size)  # fmt: skip
-        found = self._model()
-        embedder = Embedder.open(
-            found.paths[0], base=found.base, layer=how.depth, loading=Loading.of(config, spread=True),
+        return embedder(how.depth).embed(rows, lambda items, label, _: track(items, label, len(rows)))
+
+    def _embedder(self, depth: float) -> Embedder:
+        found, config = self._model(), self._work.config
+        return Embedder.open(
+            found.paths[0], base=found.base, layer=depth, loading=Loading.of(config, spread=True),
             batch_size=config.batch_size, max_length=config.max_length,
         )  # fmt: skip
-        return embedder.embed(rows, lambda items, label, _: track(items, label, len(rows)))
 
     def generator(self) -> GeneratePort:
         """The method's own model that writes, else the model itself."""
@@ -161,19 +187,24 @@ class Ports:
         RowsError
             Nothing of the development rows can be scored.
         """
-        found, config = self._model(), self._work.config
+        config = self._work.config
         if settings.steps is None:
             raise ValueError("the steps of a utility must be known when it is opened")
-        model = load_target("honeloom.backends.hf.utility:TunableModel")(
-            found.paths[0], found.base, found.fingerprint, Loading.of(config), settings.rank, config.seed,
-            config.batch_size, config.max_length,
-        )  # fmt: skip
+        model = self._tunable(settings.rank)
         self._tell_lost(model.encoder(), players, dev)
         port: UtilityPort = load_target("honeloom.backends.hf.utility:TuningUtility")(
             model, players, dev, steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr,
             score=settings.score, seed=config.seed,
         )  # fmt: skip
         return port
+
+    def _tunable(self, rank: int) -> Any:
+        """The model, to be opened with fresh adapters."""
+        found, config = self._model(), self._work.config
+        return load_target("honeloom.backends.hf.utility:TunableModel")(
+            found.paths[0], found.base, found.fingerprint, Loading.of(config), rank, config.seed,
+            config.batch_size, config.max_length,
+        )  # fmt: skip
 
     def _tell_lost(self, encoder: Any, players: Sequence[Sequence[Row]], dev: Sequence[Row]) -> None:
         """Warn of rows that say nothing within the token limit."""

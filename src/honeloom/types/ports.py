@@ -172,6 +172,8 @@ class SelectionData:
         How many rows will be kept, where that is known: a method may stop ordering rows there.
     embed : EmbedPort
         Turns rows into vectors.
+    tuned : callable
+        (rows, `RoundTuning`) -> EmbedPort of the model after a tuning on those rows.
     open_gradients : callable
         (rank) -> GradientPort, on LoRA adapters of that rank drawn from the seed.
     open_utility : callable
@@ -196,6 +198,7 @@ class SelectionData:
     budget: int | None = None
     wanted: int | None = None
     embed: EmbedPort = _no_model
+    tuned: Callable[[Sequence[Row], Any], EmbedPort] = _no_model
     open_gradients: Callable[[int], GradientPort] = _no_model
     open_utility: Callable[..., UtilityPort] = _no_model
     open_evaluations: Callable[[str, int], AbstractContextManager[tuple[Any, Any]]] = _nothing_kept

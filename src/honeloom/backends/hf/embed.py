@@ -19,7 +19,12 @@ from honeloom.checkpoint.architectures import architecture_of
 from honeloom.errors import SourceError
 from honeloom.types.rows import Row
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "layer_at"]
+
+
+def layer_at(model: Any, depth: float) -> int:
+    """The layer whose output stands at a depth: -1, the input embedding, at 0, and the last one at 1."""
+    return round(depth * model.config.get_text_config().num_hidden_layers) - 1
 
 
 class Embedder:
@@ -60,9 +65,8 @@ class Embedder:
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be embedded; add tokenizer.json to the folder")
         model = load_model(path, base=base, loading=loading)
-        layers = model.config.get_text_config().num_hidden_layers
         encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length))
-        return cls(model, encoder, round(layer * layers) - 1, batch_size)
+        return cls(model, encoder, layer_at(model, layer), batch_size)
 
     @property
     def size(self) -> int:

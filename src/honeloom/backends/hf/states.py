@@ -7,7 +7,7 @@ masked means of hidden states. Statistics accumulate in float64 with padding exc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,10 +159,16 @@ def skip_sublayers(
             handle.remove()
 
 
+class _Reached(Exception):
+    """A forward pass has come as far as anyone wants to see."""
+
+
 def mean_states(
     model: Any, architecture: Architecture, batches: Iterable[Sequence[Encoded]], layer: int
 ) -> Iterator[torch.Tensor]:
     """Masked mean over tokens of the stream that leaves a layer: one (B, D) float32 tensor per batch.
+
+    What lies behind the layer, the output head included, is not computed.
 
     Parameters
     ----------
@@ -174,9 +180,11 @@ def mean_states(
 
     def keep_input(module: Any, args: Any, kwargs: Any) -> None:
         held["state"] = args[0] if args else kwargs["hidden_states"]
+        raise _Reached
 
     def keep_output(module: Any, args: Any, output: Any) -> None:
         held["state"] = output[0] if isinstance(output, tuple) else output
+        raise _Reached
 
     if layer == -1:
         handle = layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
@@ -185,7 +193,7 @@ def mean_states(
     try:
         for batch in batches:
             ids, mask, _ = pad_batch(batch, model.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), suppress(_Reached):
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
             weight = mask.unsqueeze(-1).float()
             yield (held.pop("state").float() * weight).sum(dim=1) / weight.sum(dim=1)

@@ -143,13 +143,18 @@ class TuningUtility:
 
     def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
         """The same, with the order of rows that the `repeat`-th evaluation draws."""
+        with _one_thread(self._open()[0].model.device):
+            return self._measure(self.tuned(coalition, repeat))
+
+    def tuned(self, coalition: frozenset[int], repeat: int = 0) -> Scorer:
+        """The model after the tuning; the next one changes it."""
         scorer, start, encoded = self._open()
         with _one_thread(scorer.model.device):
             restore_trainable(scorer.model, start)
             rows = [pair for p in sorted(coalition) for pair in encoded[p]]
             if rows:
                 self._tune(scorer, self._ordered(rows, coalition, repeat))
-            return self._measure(scorer)
+        return scorer
 
     def _ordered(self, rows: Sequence[tuple[str, Encoded]], coalition: frozenset[int], repeat: int) -> list[Encoded]:
         """Rows in the order that their ids draw; where not all are reached, in an order of the coalition's own."""
