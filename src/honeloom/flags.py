@@ -9,11 +9,15 @@ from honeloom.errors import ConfigError
 
 __all__ = ["FLAGS", "place_flags"]
 
+# fmt: off
 FLAGS: dict[str, dict[str, str]] = {
-    "select": {"method": "method.type"},
+    "select": {
+        "method": "method.type", "axis": "method.axis", "band": "method.band", "rounds": "method.rounds",
+    },
     "tune": {"method": "method.type", "rank": "method.rank", "optimizer": "optimizer.type"},
     "drop": {"metric": "metric.type"},
 }
+# fmt: on
 """Verb -> flag -> path in its settings, for the flags that are no setting of the same name."""
 
 

@@ -15,7 +15,7 @@ from honeloom.cli.main import app
 from honeloom.cli.terminal import Terminal
 from honeloom.config.methods import MethodConfig
 from honeloom.flags import FLAGS
-from honeloom.registry import load_target
+from honeloom.registry import family, load_target
 from honeloom.verbs import VERBS
 
 ROOT: Any = typer.main.get_command(app)
@@ -59,6 +59,8 @@ def test_stated_defaults_are_those_of_the_settings(verb):
         if stated is None or parameter.default is not None or path[0] not in fields:
             continue
         value = fields[path[0]].get_default(call_default_factory=True)
+        if of_method := re.match(r"Of method (\w+)", parameter.help):
+            value = family("selection").load_config(of_method[1])()
         for part in path[1:]:
             value = getattr(value, part)
         words = {
@@ -68,6 +70,7 @@ def test_stated_defaults_are_those_of_the_settings(verb):
                 "the model's",
                 "the method's",
                 "1",
+                "inter; search: both",
                 "2e-4 lora, 2e-5 full",
                 "the model's limit, at most 2048",
             )

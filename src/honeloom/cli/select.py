@@ -9,6 +9,7 @@ import typer
 import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb, settings
+from honeloom.errors import ConfigError
 
 Target = Annotated[
     list[str] | None,
@@ -22,6 +23,46 @@ Overlap = Annotated[
         help="Rows that repeat a target row: stop, or leave them out.  [default: refuse]",
     ),
 ]
+
+Axis = Annotated[
+    str | None, typer.Option("--axis", metavar="inter|intra", help="Of method band.  [default: inter; search: both]")
+]
+Band = Annotated[
+    str | None,
+    typer.Option("--band", metavar="LOW-HIGH|search", help="Of method band: percentiles to keep.  [default: 80-100]"),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option("--rounds", metavar="R", help="Of method daar: tune on each choice, probe again.  [default: 1]"),
+]
+MustKeep = Annotated[
+    str | None,
+    typer.Option("--must-keep", metavar="FILE", help="Rows, or .txt of ids: kept whatever their score; they count."),
+]
+MustDrop = Annotated[
+    str | None, typer.Option("--must-drop", metavar="FILE", help="Rows, or .txt of ids, that are left out.")
+]
+Quota = Annotated[
+    list[str] | None,
+    typer.Option("--quota", metavar="GROUP=20%", help="Share of what is kept that a group gets; may be repeated."),
+]
+QuotaBy = Annotated[
+    str | None,
+    typer.Option("--quota-by", metavar="domain|source|cluster", help="What a group of --quota is.  [default: domain]"),
+]
+
+
+def quotas(given: list[str] | None) -> dict[str, str] | None:
+    """Settings from GROUP=SHARE; the last `=` counts, for a group's name may have one."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, sign, share = text.rpartition("=")
+        if not sign or not name:
+            raise ConfigError(f"--quota {text!r}: use GROUP=SHARE, like code=20%")
+        if name in found:
+            raise ConfigError(f"--quota {name!r} is given twice; give it once")
+        found[name] = share
+    return found or None
 
 
 def select(
@@ -37,6 +78,13 @@ def select(
         str | None,
         typer.Option("--keep", metavar="10%|500|200000tok", help="Share, rows or tokens to keep.  [default: 10%]"),
     ] = None,
+    axis: Axis = None,
+    band: Band = None,
+    rounds: Rounds = None,
+    must_keep: MustKeep = None,
+    must_drop: MustDrop = None,
+    quota: Quota = None,
+    quota_by: QuotaBy = None,
     target: Target = None,
     overlap: Overlap = None,
     budget: o.Budget = None,
@@ -71,7 +119,9 @@ def select(
     Example: honeloom select rows.jsonl --method shed --model org/model --target wanted.jsonl --output-dir picked
     """
     given = {
-        "rows": rows, "method": method, "model": model, "keep": keep, "target": target or None,
+        "rows": rows, "method": method, "model": model, "keep": keep, "axis": axis, "band": band, "rounds": rounds,
+        "must_keep": must_keep, "must_drop": must_drop, "quota": quotas(quota), "quota_by": quota_by,
+        "target": target or None,
         "overlap": overlap, "budget": budget, "workers": workers, "ray": ray, "near_duplicates": near_duplicates,
         "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype,
         "load_in": load_in, "attn": attn, "batch_size": batch_size,

@@ -26,8 +26,10 @@ __all__ = [
     "LoadIn",
     "ModelInput",
     "NoResultMark",
+    "OptionalFileInput",
     "OptionalFolderInput",
     "OptionalModelInput",
+    "OptionalScoresInput",
     "RowsConfig",
     "RowsInput",
     "ScoresInput",
@@ -76,10 +78,12 @@ OptionalFolderInput = Annotated[str | None, BeforeValidator(_as_text), InputMark
 """A folder of small files whose content matters."""
 FileInput = Annotated[str, BeforeValidator(_as_text), InputMark("file")]
 """One file whose content matters."""
+OptionalFileInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("file")]
 EncoderInput = Annotated[str, BeforeValidator(_as_text), InputMark("encoder")]
 """Hub id of an encoder, or its folder, whose content then matters."""
 ScoresInput = Annotated[str, BeforeValidator(_as_text), InputMark("scores")]
 """The scores of a selection: its folder, or the file itself."""
+OptionalScoresInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("scores")]
 OptionalModelInput = Annotated[str | None, BeforeValidator(_as_text), InputMark("model")]
 _ONE_OR_MORE = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}
 RowsInput = Annotated[

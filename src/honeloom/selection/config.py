@@ -6,7 +6,15 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from honeloom.config.base import (
     Attention,
@@ -15,7 +23,9 @@ from honeloom.config.base import (
     FileInput,
     LoadIn,
     NoResultMark,
+    OptionalFileInput,
     OptionalModelInput,
+    OptionalScoresInput,
     RowsConfig,
     RowsInput,
     ScoresInput,
@@ -357,6 +367,21 @@ class ScoresConfig(MethodConfig):
 
     type: Literal["scores"] = "scores"
     path: ScoresInput = Field(description="Folder of an earlier selection, or its scores.parquet.")
+    term: OptionalScoresInput = Field(
+        None, description="Scores of another selection that are added to them, as daar's diversity to shed's values."
+    )
+    weight: float = Field(1.0, description="Of the term; negative to take rows that score low there.")
+    standardise: Literal["z", "rank"] = Field(
+        "z", description="What is added up: scores less mean over deviation, or ranks spread over -1 to 1."
+    )
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> ScoresConfig:
+        fields = type(self).model_fields
+        for name in ("weight", "standardise"):
+            if self.term is None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is about a term that is added; give term, or leave it out")
+        return self
 
 
 def needs_of(embedding: Any) -> frozenset[str]:
@@ -366,8 +391,24 @@ def needs_of(embedding: Any) -> frozenset[str]:
 
 SelectMethod = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("selection", "random")]
 Keep = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}]})]
+_LIST = "a file of rows, which are known by their ids, or a .txt file with an id per line."
 _MODEL_FOR = {"length": ": its tokenizer defines a token"}
 _KEEP = re.compile(r"^(\d+(?:\.\d+)?)(%|tok)?$")
+
+
+def _as_share(value: Any) -> Any:
+    """The exact number of "20%"; anything else is left to be refused or taken as it is."""
+    match = _KEEP.match(str(value))
+    return Decimal(match[1]) / 100 if match and match[2] == "%" else value
+
+
+Share = Annotated[
+    Decimal,
+    BeforeValidator(_as_share),
+    Field(ge=0, le=1, description="As 20%, or 0.2."),
+    PlainSerializer(lambda v: f"{v * 100:f}%", return_type=str),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": "%$"}, {"type": "number", "minimum": 0, "maximum": 1}]}),
+]
 
 
 class SelectConfig(RowsConfig):
@@ -387,6 +428,14 @@ class SelectConfig(RowsConfig):
     )
     ray: Annotated[str | None, NoResultMark()] = Field(
         None, description="Evaluate on a Ray cluster: its address, or `local` to start one here (extra `ray`)."
+    )
+    must_keep: OptionalFileInput = Field(None, description="Rows to keep whatever their score: " + _LIST)
+    must_drop: OptionalFileInput = Field(None, description="Rows to leave out: " + _LIST)
+    quota: dict[str, Share] = Field(
+        {}, description="Group -> its share of what is kept (code: 20%); other groups share the rest by score."
+    )
+    quota_by: Literal["domain", "source", "cluster"] = Field(
+        "domain", description="What a group of `quota` is: a label, or the method's own clusters or pseudo-domains."
     )
     near_duplicates: float | None = Field(None, gt=0, le=1, description="Also reject rows this similar (Jaccard).")
     load_in: LoadIn = None
@@ -417,6 +466,12 @@ class SelectConfig(RowsConfig):
         for field in ("target", "budget"):
             if getattr(self, field) and field not in needs | self.method.uses():
                 raise ValueError(f"method {name!r} uses no {field}; leave --{field} out, or choose another method")
+        if sum(self.quota.values()) > 1:
+            raise ValueError(
+                f"quota: the shares make {sum(self.quota.values()) * 100:f}%; together they are at most 100%"
+            )
+        if self.quota_by != "domain" and not self.quota:
+            raise ValueError("quota_by says what the groups of quota are; give quota, or leave it out")
         if self.overlap != "refuse" and not self.target:
             raise ValueError("overlap says what to do about rows of a target; give one (--target), or leave it out")
         if (self.workers > 1 or self.ray is not None) and "budget" not in needs | self.method.uses():

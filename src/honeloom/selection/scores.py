@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from honeloom.errors import SourceError
+from honeloom.selection import sampling as drawing
+from honeloom.selection.domain_tables import finite_or_none
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
+from honeloom.valuation.stopping import spearman
 
 __all__ = ["scores"]
 
@@ -33,13 +36,19 @@ class _Found:
     repeated: int = 0
 
 
-def scores(data: SelectionData, *, path: str) -> Scores:
+def scores(
+    data: SelectionData, *, path: str, term: str | None = None, weight: float = 1.0,
+    standardise: Literal["z", "rank"] = "z",
+) -> Scores:  # fmt: skip
     """Read a scores.parquet and give every row the score of its id; no model is run.
 
     Higher scores are better, as `select` writes them. Rows that the file does not name, or has
     no score for, are -inf and come last. Where the file has a column `rank`, the rows are
     taken by it, the lowest first; rows without one follow by their scores. The file is read in
     pieces.
+
+    With a `term`, the score is that of the first file plus `weight` times that of the second,
+    both standardised over the rows that both know; ranks and standard errors are then gone.
 
     Parameters
     ----------
@@ -48,6 +57,8 @@ def scores(data: SelectionData, *, path: str) -> Scores:
     path : str
         A Parquet file with the columns id and score, and perhaps stderr, cluster and rank.
         Where it names an id twice, the first entry counts.
+    term, weight, standardise
+        As in `ScoresConfig`.
 
     Raises
     ------
@@ -55,9 +66,39 @@ def scores(data: SelectionData, *, path: str) -> Scores:
         The file is not readable Parquet, lacks a column or has one of another type, or names
         none of these rows.
     """
-    file = Path(path)
+    found = _told(data, path)
+    value = np.where(np.isfinite(found.numbers["score"]), found.numbers["score"], -math.inf)
+    columns = {} if found.clusters is None else {"cluster": found.clusters}
+    if term is None:
+        return Scores(
+            tuple(value.tolist()),
+            higher_is_better=True,
+            method="scores",
+            stderr=_errors(found.numbers.get("stderr")),
+            columns=columns or None,
+            order=_order(found.numbers.get("rank"), value, data.rows.ids),
+        )
+    other = _told(data, term).numbers["score"]
+    known = np.isfinite(value) & np.isfinite(other)
+    if not known.any():
+        raise SourceError(f"{path} and {term} have no row with a score in both; give scores of the same rows")
+    total = np.full(len(value), -math.inf)
+    parts = [drawing.standardise(part[known], standardise) for part in (value, other)]
+    total[known] = parts[0] + weight * parts[1]
+    agreement = spearman(value[known], other[known])
+    data.say(f"scores: {int(known.sum())} rows have both scores, whose rank correlation is {agreement:.2f}")
+    return Scores(
+        tuple(total.tolist()), True, "scores",
+        columns={**columns, "base": finite_or_none(value), "term": finite_or_none(other)},
+        details={"term": {"weight": weight, "standardise": standardise, "rows": int(known.sum()),
+                          "rank_correlation": agreement}},
+    )  # fmt: skip
+
+
+def _told(data: SelectionData, path: str) -> _Found:
+    """What a file says of the rows; what it does not say is told."""
     ids = data.rows.ids
-    found = _read(file, ids)
+    found = _read(Path(path), ids)
     if not found.known.any():
         raise SourceError(
             f"{path}: names none of the {len(ids)} rows by id; give the rows it was made from, or rows that hold "
@@ -67,15 +108,7 @@ def scores(data: SelectionData, *, path: str) -> Scores:
         data.say(f"scores: {missing} of {len(ids)} rows are not named in {path}; they come last")
     if found.repeated:
         data.warn(f"{path}: {found.repeated} entries repeat an id; the first of each counts")
-    value = np.where(np.isfinite(found.numbers["score"]), found.numbers["score"], -math.inf)
-    return Scores(
-        tuple(value.tolist()),
-        higher_is_better=True,
-        method="scores",
-        stderr=_errors(found.numbers.get("stderr")),
-        columns=None if found.clusters is None else {"cluster": found.clusters},
-        order=_order(found.numbers.get("rank"), value, ids),
-    )
+    return found
 
 
 def _errors(stderr: npt.NDArray[np.float64] | None) -> tuple[float, ...] | None:

@@ -17,9 +17,9 @@ from honeloom.data.rowset import RowSet
 from honeloom.data.sources import resolve_sources
 from honeloom.data.writer import write_rejected, write_selected
 from honeloom.errors import RowsError
-from honeloom.registry import family
+from honeloom.registry import family, suggest
 from honeloom.runs.journal import read_journal
-from honeloom.selection.choose import rows_to_keep, take_best
+from honeloom.selection.choose import Quotas, rows_to_keep, take_best
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.row_records import TARGET_FILE, write_questions, write_table
 from honeloom.stages.rows import limit_text, scan
@@ -41,6 +41,9 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     """Run a selection."""
     config = work.config
     rows = scan(work, near_duplicates=config.near_duplicates)
+    if config.must_drop is not None:
+        rows = _without(work, rows, _named(work, "must_drop", rows))
+    kept_ids = {rows.ids[i] for i in _named(work, "must_keep", rows)} if config.must_keep is not None else set()
     target = scan(work, field="target") if config.target else None
     if target is not None:
         rows = _without_target(work, rows, target)
@@ -53,7 +56,13 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     wanted = None if unit == "tokens" else rows_to_keep(amount, unit, len(rows))
     scores: Scores = method(ports.data(rows, target, wanted), **settings)
     ports.close()
-    plan = _choose(work, rows, scores, ports.scorer)
+    forced = {i for i, name in enumerate(rows.ids) if name in kept_ids}
+    if len(forced) < len(kept_ids):
+        raise RowsError(
+            f"must_keep: {len(kept_ids) - len(forced)} of {len(kept_ids)} rows repeat a row of the target; leave them "
+            "out of one of the two"
+        )
+    plan = _choose(work, rows, scores, ports.scorer, forced)
     _warn_unscored(work, scores, plan, ports.scorer)
     selected = write_selected(rows, plan.keep, work.dir)
     write_rejected(rows.rejected, work.dir / "rejected.parquet")
@@ -75,6 +84,45 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     checks = _verify(work, rows, plan, selected.name, details)
     kept = Metric("rows_kept", len(plan.keep), len(rows), "rows", True, None, "all")
     return Outcome("rows", selected.name, (kept,), checks, details)
+
+
+def _named(work: Work[SelectConfig], field: str, rows: RowSet) -> list[int]:
+    """Places of the rows that a list names: a file of rows, or of an id per line.
+
+    Raises
+    ------
+    RowsError
+        The list is empty, or names a row to keep that is not there, or no row at all.
+    """
+    path = work.inputs[field].paths[0]
+    if path.suffix == ".txt":
+        try:
+            ids = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+        except UnicodeDecodeError as error:
+            raise RowsError(f"{path}: not a text file of ids ({error.reason}); write an id per line in UTF-8") from None
+    else:
+        ids = set(RowSet.scan(resolve_sources([str(path)])).ids)
+    found = [i for i, name in enumerate(rows.ids) if name in ids]
+    lacking = sorted(ids - {rows.ids[i] for i in found})
+    if not found or (lacking and field == "must_keep"):
+        raise RowsError(
+            f"{field}: {len(lacking)} of the {len(ids)} rows that {path} names are not among the {len(rows)} usable "
+            f"rows{f' (first: {lacking[0]})' if lacking else ''}; ids are those of scores.parquet"
+        )
+    if lacking:
+        work.log.say(f"must_drop: {len(lacking)} of {len(ids)} ids are not among the usable rows")
+    return found
+
+
+def _without(work: Work[SelectConfig], rows: RowSet, places: list[int]) -> RowSet:
+    """The rows less those that must be dropped."""
+    out = set(places)
+    if len(out) == len(rows):
+        raise RowsError(f"must_drop names all {len(rows)} rows, so none is left to choose; name fewer")
+    rejected = [Rejected(row.where, "named in must_drop", row.id, "must_drop")
+                for i, row in enumerate(rows) if i in out]  # fmt: skip
+    work.log.say(f"must_drop: {len(out)} rows are left out")
+    return replace(rows.take(i for i in range(len(rows)) if i not in out), rejected=[*rows.rejected, *rejected])
 
 
 def _without_target(work: Work[SelectConfig], rows: RowSet, target: RowSet) -> RowSet:
@@ -110,7 +158,9 @@ def _noise(scores: Scores) -> dict[str, Any] | None:
     return {**asdict(scores.noise), "resolvable": scores.resolvable}
 
 
-def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Callable[[], Scorer]) -> SelectPlan:
+def _choose(
+    work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Callable[[], Scorer], forced: set[int]
+) -> SelectPlan:
     config = work.config
     amount, unit = config.keep_amount()
     if all(v == -math.inf for v in scores.value):
@@ -123,10 +173,41 @@ def _choose(work: Work[SelectConfig], rows: RowSet, scores: Scores, scorer: Call
     if unit == "tokens":
         port = scorer()
         tokens = [port.count_tokens(f"{row.prompt}\n{row.response}") for row in rows]
-    plan = take_best(scores, rows.ids, amount=amount, unit=unit, seed=config.seed, tokens=tokens)
+    quotas = _quotas(work, rows, scores) if config.quota else None
+    plan = take_best(
+        scores, rows.ids, amount=amount, unit=unit, seed=config.seed, tokens=tokens, first=forced, quotas=quotas
+    )
+    if quotas is not None and unit != "tokens" and len(plan.keep) < (n := rows_to_keep(amount, unit, len(rows))):
+        work.log.warn(
+            f"quota: {len(plan.keep)} rows are kept, not {n}: groups with a quota have too few, and no other group has "
+            "any left"
+        )
     if not plan.keep:
         raise RowsError(f"keep {config.keep}: not even one row fits; raise the token budget")
     return plan
+
+
+def _quotas(work: Work[SelectConfig], rows: RowSet, scores: Scores) -> Quotas:
+    """Groups of the rows, and the shares that some of them get."""
+    config, columns = work.config, scores.columns or {}
+    if config.quota_by == "cluster":
+        group = columns.get("pseudo_domain", columns.get("cluster"))
+        if group is None:
+            raise RowsError(
+                f"quota_by cluster: method {config.method.type!r} makes no clusters; use domain or source, or a method "
+                "that does (shed, daar, band)"
+            )
+    else:
+        group = rows.domains if config.quota_by == "domain" else rows.sources
+    names = [None if g is None else str(g) for g in group]
+    known = sorted({n for n in names if n is not None})
+    if unknown := [name for name in config.quota if name not in known]:
+        shown = ", ".join(known[:12]) + (f", and {len(known) - 12} more" if len(known) > 12 else "")
+        raise RowsError(
+            f"quota: no row has the {config.quota_by} {unknown[0]!r}{suggest(unknown[0], known)} (known: "
+            f"{shown or 'none'})"
+        )
+    return Quotas(names, config.quota)
 
 
 def _warn_unscored(work: Work[SelectConfig], scores: Scores, plan: SelectPlan, scorer: Callable[[], Scorer]) -> None:

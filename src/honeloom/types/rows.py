@@ -9,7 +9,15 @@ __all__ = ["RejectKind", "Rejected", "Row", "RowKind", "Turn", "Where"]
 
 RowKind = Literal["chat", "text", "choice"]
 RejectKind = Literal[
-    "unreadable", "schema", "empty", "characters", "duplicate_id", "exact_duplicate", "near_duplicate", "target_overlap"
+    "unreadable",
+    "schema",
+    "empty",
+    "characters",
+    "duplicate_id",
+    "exact_duplicate",
+    "near_duplicate",
+    "target_overlap",
+    "must_drop",
 ]
 
 
@@ -92,4 +100,4 @@ class Rejected:
     @property
     def is_duplicate(self) -> bool:
         """Whether the row is sound and only repeats another: such rows are not counted as bad."""
-        return self.kind in ("exact_duplicate", "near_duplicate", "target_overlap")
+        return self.kind in ("exact_duplicate", "near_duplicate", "target_overlap", "must_drop")
