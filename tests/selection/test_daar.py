@@ -17,7 +17,7 @@ from honeloom.lab.splits import truth
 from honeloom.selection.band import band
 from honeloom.selection.choose import take_best
 from honeloom.selection.config import SelectConfig
-from honeloom.selection.daar import daar, focused_order
+from honeloom.selection.daar import daar, domain_order, drawn_keys
 from honeloom.selection.synthesis import SAMPLES_FILE, augmentation_prompt, parse_samples, seed_prompt, synthesise
 from honeloom.selection.vectors import unit_blocks
 from honeloom.testing import FakeRows, check_selector
@@ -186,8 +186,39 @@ def test_the_order_of_a_focus_by_hand():
     labels = np.array([0, 0, 1, 1, -1])
     values = np.array([1.0, 2.0, 4.0, 3.0, -math.inf])
     # places 0.25 and 0.75 of each domain, over 0.5 and over 0.1
-    assert focused_order(values, labels, 0, list("abcde")) == [1, 0, 2, 3, 4]
-    assert focused_order(values, labels, 1, list("abcde")) == [2, 3, 1, 0, 4]
+    assert domain_order(values, labels, list("abcde"), focus=0) == [1, 0, 2, 3, 4]
+    assert domain_order(values, labels, list("abcde"), focus=1) == [2, 3, 1, 0, 4]
+    assert domain_order(values, labels, list("abcde")) == [2, 1, 3, 0, 4]
+
+
+def test_rows_are_drawn_by_the_rank_of_their_entropy():
+    """The first draw is one of a softmax over ranks, domain by domain, whatever the values themselves are."""
+    ids, labels = [f"r{i}" for i in range(8)], np.array([0] * 4 + [1] * 3 + [-1])
+    values = np.array([5.0, 1.0, 2.0, 900.0, 0.1, 0.3, 0.2, -math.inf])
+    place = np.array([2, 0, 1, 3])
+    wanted = np.exp(1.0 * ((place + 0.5) / 2 - 1.0))
+    first = np.zeros(4)
+    for seed in range(4000):
+        keys = drawn_keys(values, labels, ids, 1.0, seed)
+        assert keys[-1] == -math.inf
+        first[np.argmax(keys[:4])] += 1
+    expected = 4000 * wanted / wanted.sum()
+    assert ((first - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+def test_every_domain_gives_its_share():
+    rows = table(400, 40)
+    drawn, _ = run(daar, rows, clusters=KINDS)
+    top, _ = run(daar, rows, clusters=KINDS, choice="top")
+    assert drawn.value == top.value
+    sizes = drawn.details["domains"]
+    for count in (44, 110):
+        taken = [drawn.columns["pseudo_domain"][i] for i in drawn.order[:count]]
+        assert all(abs(taken.count(k) - sizes[k] * count / 440) <= 1 for k in sizes)
+    assert kept(top, rows, 44) == {rows[i].id for i in np.argsort(-np.array(top.value), kind="stable")[:44]}
+    mean = np.mean([drawn.value[i] for i in drawn.order[:88]])
+    assert np.mean(drawn.value) < mean < np.mean(sorted(top.value)[-88:])
+    assert run(daar, rows, clusters=KINDS, seed=1)[0].order != drawn.order
 
 
 @pytest.mark.parametrize("axis", ["inter", "intra"])

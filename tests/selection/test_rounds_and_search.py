@@ -86,7 +86,7 @@ def test_every_round_probes_the_model_tuned_on_the_last_choice():
     data, _, _ = open_data(table(), tuned=after, wanted=24)
     first = daar(data, clusters=KINDS)
     settings = RoundTuning(lr=1e-3)
-    scores = daar(data, clusters=KINDS, rounds=3, tuning=settings)
+    scores = daar(data, clusters=KINDS, choice="top", rounds=3, tuning=settings)
     ids = [row.id for row in data.rows]
     best = sorted(range(len(ids)), key=lambda i: (-first.value[i], ids[i]))[:24]
     assert tuned[0] == ([ids[i] for i in sorted(best)], settings)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from honeloom.data.overlap import question_digest, question_digests
 from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
+from honeloom.selection.band import percentiles
 from honeloom.selection.config import Embedding, HiddenEmbedding
 from honeloom.selection.daar_config import EARLY, DaarConfig, RoundTuning
 from honeloom.selection.domain_tables import domain_columns, domain_details, domain_table, finite_or_none
@@ -25,7 +26,7 @@ from honeloom.types.plans import Scores
 from honeloom.types.ports import EmbedPort, SelectionData, Vectors
 from honeloom.types.rows import Row
 
-__all__ = ["daar", "focused_order"]
+__all__ = ["daar", "domain_order", "drawn_keys"]
 
 Values = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -65,7 +66,8 @@ def daar(
     data: SelectionData, *, seeds: str | None = None, domains: Mapping[str, str] | None = None,
     generator: str | None = None, samples: int = 10, similarity: float = 0.85, clusters: int | None = None,
     embedding: Embedding = EMBEDDING, depth: float = EARLY, sweep: Sequence[float] = (), folds: int = 2,
-    probe_rows: str | None = None, reward: Literal["entropy", "predicted"] = "entropy", focus: str | None = None,
+    probe_rows: str | None = None, reward: Literal["entropy", "predicted"] = "entropy",
+    choice: Literal["draw", "top"] = "draw", factor: float = 0.5, focus: str | None = None,
     rounds: int = 1, tuning: RoundTuning = TUNING,
 ) -> Scores:  # fmt: skip
     """Value every row by how unsure a probe on the model's early states is of the row's domain.
@@ -73,7 +75,8 @@ def daar(
     Rows get a pseudo-domain, by constrained k-means from the centroids of seed rows, which are
     read from a file or written by a model, or by clusters whose number parts of the rows agree
     on. A probe learns the pseudo-domains from the mean hidden state at `depth`; the value is the
-    entropy of what it says of a row that it did not learn from, in nats. With more rounds, the
+    entropy of what it says of a row that it did not learn from, in nats. Rows are drawn from every
+    pseudo-domain, those of high entropy more likely; or the highest are taken. With more rounds, the
     model is tuned on what the last one chose and probed again.
 
     Parameters
@@ -81,14 +84,15 @@ def daar(
     data : SelectionData
         With `embed`; for `domains` with `open_generator`, for `rounds` with `tuned` and `wanted`.
     seeds, domains, generator, samples, similarity, clusters, embedding, depth, sweep, folds
-        As in `DaarConfig`, and so are `probe_rows`, `reward`, `focus`, `rounds` and `tuning`.
+        As in `DaarConfig`, and so are `probe_rows`, `reward`, `choice`, `factor`, `focus`, `rounds`
+        and `tuning`.
 
     Returns
     -------
     Scores
         `value` in [0, ln K], -inf for rows without a vector; columns of pseudo-domain, entropy,
         confidence and diversity; the table of pseudo-domains, whose value is the mean entropy;
-        with `focus` an order in which the shares of the domains stay as 5 to 1.
+        and, save with `choice: top`, an order in which rows of every domain are drawn.
 
     Raises
     ------
@@ -106,7 +110,7 @@ def daar(
     config = DaarConfig(
         seeds=seeds, clusters=clusters, embedding=embedding, depth=depth, folds=folds, reward=reward, focus=focus,
         domains=dict(domains or {}), generator=generator, samples=samples, similarity=similarity, sweep=tuple(sweep),
-        probe_rows=probe_rows, rounds=rounds, tuning=tuning,
+        probe_rows=probe_rows, rounds=rounds, tuning=tuning, choice=choice, factor=factor,
     )  # fmt: skip
     if rounds > 1 and data.wanted is None:
         raise ConfigError("method.rounds: the model is tuned on a number of rows; give --keep in rows or as a share")
@@ -254,28 +258,47 @@ def _value(fit: CrossFit) -> Values:
 def _order(data: SelectionData, config: DaarConfig, found: _Found, fit: CrossFit) -> list[int]:
     """Rows as they are taken."""
     value, ids, domains = _value(fit), data.rows.ids, found.domains
-    if config.focus is not None:
-        return focused_order(value, domains.labels, domains.names.index(config.focus), ids)
-    return sorted(range(len(ids)), key=lambda i: (-value[i], ids[i]))
+    if config.choice == "top" and config.focus is None:
+        return sorted(range(len(ids)), key=lambda i: (-value[i], ids[i]))
+    key = value if config.choice == "top" else drawn_keys(value, domains.labels, ids, config.factor, data.seed)
+    focus = None if config.focus is None else domains.names.index(config.focus)
+    return domain_order(key, domains.labels, ids, focus=focus)
 
 
-def focused_order(values: Values, labels: npt.NDArray[np.int64], focus: int, ids: Sequence[str]) -> list[int]:
-    """All rows, those of one domain five times as freely as those of any other.
+def drawn_keys(values: Values, labels: Labels, ids: Sequence[str], factor: float, seed: int) -> Values:
+    """Keys (N,) by whose descending order rows of a domain are drawn without replacement; -inf stays.
 
-    The place of a row among its domain's, as a share of them, is divided by 0.5 for the domain
-    in focus and 0.1 for the others, and rows are taken by that: once the top half of the one is
-    taken, so is the top tenth of every other, and before and after the proportion is the same.
-    Rows of no domain come last.
+    A row's weight is exp(factor * t), where t goes from -1 to 1 with its rank among the values of
+    its domain: with factor 0 all are alike, with 0.5 the last weighs 2.7 times the first.
+
+    References
+    ----------
+    Efraimidis and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003; the logarithm of their keys.
     """
-    order = sorted(range(len(ids)), key=lambda i: (-values[i], ids[i]))
-    sizes = np.bincount(labels[labels >= 0], minlength=focus + 1)
+    place = percentiles(values, np.where(np.isfinite(values), labels, -1), ids) / 50.0 - 1.0
+    uniform = np.clip(keyed_uniform(seed, "daar/draw", ids), 1e-15, 1 - 1e-15)
+    keys = factor * place - np.log(-np.log(uniform))
+    return np.where(np.isfinite(values), keys, -math.inf)
+
+
+def domain_order(keys: Values, labels: Labels, ids: Sequence[str], *, focus: int | None = None) -> list[int]:
+    """All rows, by descending key within their domain, and of every domain the same share; or of one more.
+
+    The place of a row among its domain's, as a share of them, says when it is taken. With a
+    `focus` it is divided by 0.5 for that domain and 0.1 for the others: once the top half of the
+    one is taken, so is the top tenth of every other, and before and after the proportion is the
+    same. Rows of no domain come last.
+    """
+    order = sorted(range(len(ids)), key=lambda i: (-keys[i], ids[i]))
+    sizes = np.bincount(labels[labels >= 0], minlength=1)
     place = np.zeros(len(sizes), dtype=np.int64)
     turn = np.full(len(ids), math.inf)
     for i in order:
-        if (k := labels[i]) >= 0 and values[i] > -math.inf:
-            turn[i] = (place[k] + 0.5) / (sizes[k] * (FOCUS_SHARE if k == focus else OTHER_SHARE))
+        if (k := labels[i]) >= 0 and keys[i] > -math.inf:
+            share = 1.0 if focus is None else FOCUS_SHARE if k == focus else OTHER_SHARE
+            turn[i] = (place[k] + 0.5) / (sizes[k] * share)
             place[k] += 1
-    return sorted(range(len(ids)), key=lambda i: (turn[i], -values[i], ids[i]))
+    return sorted(range(len(ids)), key=lambda i: (turn[i], -keys[i], ids[i]))
 
 
 def _scores(data: SelectionData, config: DaarConfig, found: _Found, read: _Reading) -> Scores:
@@ -290,7 +313,7 @@ def _scores(data: SelectionData, config: DaarConfig, found: _Found, read: _Readi
         "probe_domain": [domains.names[k] if there else None for k, there in zip(likeliest, known, strict=True)],
     }
     mean = np.nanmean(fit.probabilities, axis=0)
-    order = None if config.focus is None else _order(data, config, found, fit)
+    order = None if config.choice == "top" and config.focus is None else _order(data, config, found, fit)
     return Scores(
         tuple(value.tolist()), True, "daar", columns={**columns, **own}, order=order,
         clusters=domain_table(ids, domains, fit.entropies, columns["phi_intra"]),
@@ -302,6 +325,7 @@ def _scores(data: SelectionData, config: DaarConfig, found: _Found, read: _Readi
             "sweep": read.sweep,
             "rounds": read.rounds,
             "reward": config.reward,
+            "choice": config.choice,
             **found.details,
         },
     )  # fmt: skip

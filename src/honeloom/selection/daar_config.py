@@ -14,8 +14,9 @@ from honeloom.selection.config import Embedding, HiddenEmbedding, UtilityConfig,
 __all__ = ["BandConfig", "DaarConfig", "RoundTuning", "limits_of"]
 
 MODEL = frozenset({"model"})
-EARLY = 0.1
-"""The paper's three blocks of 32; at the same depth clusters agree with domains better than at the input embedding."""
+EARLY = 0.33
+"""Of the model's depth: in the paper any of the first third of the layers will do for the probe, and at the input
+embedding, where the paper looks for domains, clusters agree with them less."""
 SEARCH = "search"
 _BAND = re.compile(r"^(\d{1,3})-(\d{1,3})$")
 
@@ -63,6 +64,14 @@ class DaarConfig(MethodConfig):
     reward: Literal["entropy", "predicted"] = Field(
         "entropy", description="The probe's entropy, or as in the paper what a second network predicts of it."
     )
+    choice: Literal["draw", "top"] = Field(
+        "draw",
+        description="Draw the same share of every pseudo-domain, unsure rows more likely; or take the highest scores, "
+        "as in the paper.",
+    )
+    factor: float = Field(
+        0.5, ge=0, description="Of draw: weight of a row is exp(factor x its rank among its domain's, from -1 to 1)."
+    )
     focus: str | None = Field(
         None, description="A domain to take from first: the top half of its rows for a tenth of any other's."
     )
@@ -96,6 +105,8 @@ class DaarConfig(MethodConfig):
             raise ValueError("depth and sweep each say where the probe reads; give one of them")
         if self.probe_rows is not None and self.folds != fields["folds"].default:
             raise ValueError("folds are parts of the rows to choose from; with probe_rows there are none, leave it out")
+        if self.choice == "top" and self.factor != fields["factor"].default:
+            raise ValueError("factor is about rows that are drawn; leave it out, or set choice: draw")
         if self.rounds == 1 and self.tuning != RoundTuning():
             raise ValueError("tuning is done between rounds; set rounds to 2 or more, or leave it out")
         if (given in (["seeds"], ["domains"]) or self.probe_rows is not None) and self.embedding.type == "file":

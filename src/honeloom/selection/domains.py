@@ -32,12 +32,10 @@ SAMPLE = 3000
 """Rows among which the number of domains is sought, and starts of k-means are compared."""
 MOST_DOMAINS = 16
 STARTS, STARTS_OF_PART = 8, 3
-SPLITS = 4
+SPLITS = 8
 """Random halvings of the sample that every candidate number is tried on."""
 FEWEST_ROWS = 2
 """Rows per domain of a third of the sample below which a number of domains is not tried."""
-NEARLY = 0.95
-"""Share of the highest agreement that will do."""
 DIGITS = 12
 """Cosines are rounded to this, so that the order in which rows are summed does not show."""
 
@@ -234,7 +232,7 @@ def _best_start(sample: Vectors, count: int, ids: Sequence[str], seed: int, star
 def stable_count(vectors: Vectors, *, ids: Sequence[str], seed: int, most: int = MOST_DOMAINS) -> Stability:
     """Seek the number of clusters that two halves of the rows agree on best.
 
-    A sample of at most 3,000 rows is cut in three at random, four times over. For every number
+    A sample of at most 3,000 rows is cut in three at random, eight times over. For every number
     from 2 to `most`, the first two parts are clustered each for itself, and the third is
     labelled by the nearest centroids of either. The more the two labellings agree beyond
     chance, the less the number is an accident of the rows.
@@ -242,8 +240,9 @@ def stable_count(vectors: Vectors, *, ids: Sequence[str], seed: int, most: int =
     Returns
     -------
     Stability
-        `best` is the largest number that reaches 0.95 of the highest agreement: few clusters
-        agree easily, so that the highest alone would favour two.
+        `best` has the highest agreement squared times 1 - 1 / K, the share of pairs of rows that
+        K even clusters tell apart: few clusters agree easily, so that agreement alone would
+        favour two, and say little.
 
     References
     ----------
@@ -259,7 +258,8 @@ def stable_count(vectors: Vectors, *, ids: Sequence[str], seed: int, most: int =
         return Stability((), (), (), 1)
     tried = np.array([[_agreement(sample, names, k, seed, s) for s in range(SPLITS)] for k in counts])
     mean, error = tried.mean(axis=1), tried.std(axis=1, ddof=1) / math.sqrt(SPLITS)
-    best = int(np.flatnonzero(mean >= NEARLY * mean.max()).max(initial=0))
+    told_apart = 1.0 - 1.0 / np.array(counts)
+    best = int(np.argmax(np.maximum(mean, 0.0) ** 2 * told_apart))
     return Stability(counts, tuple(mean.tolist()), tuple(error.tolist()), counts[best])
 
 

@@ -21,10 +21,28 @@ from honeloom.types.rows import Row
 
 __all__ = ["Embedder", "layer_at"]
 
+MOST_PADDING, FEWEST = 1.1, 4
+"""Padded tokens per token of a batch, from so many rows on."""
+
 
 def layer_at(model: Any, depth: float) -> int:
     """The layer whose output stands at a depth: -1, the input embedding, at 0, and the last one at 1."""
     return round(depth * model.config.get_text_config().num_hidden_layers) - 1
+
+
+def _like_lengths(rows: Sequence[tuple[int, Encoded]], most: int) -> Iterator[list[tuple[int, Encoded]]]:
+    """Batches of at most `most` rows, the longest first; few rows rather than much padding."""
+    batch: list[tuple[int, Encoded]] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda pair: (-len(pair[1].ids), pair[0])):
+        tokens += len(row[1].ids)
+        padded = (len(batch) + 1) * len(batch[0][1].ids) if batch else tokens
+        if len(batch) == most or (len(batch) >= FEWEST and padded > MOST_PADDING * tokens):
+            yield batch
+            batch, tokens = [], len(row[1].ids)
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 class Embedder:
@@ -89,9 +107,7 @@ class Embedder:
         """Batches of similar length, put back into the rows' order."""
         found = np.full((len(window), self.size), np.nan, dtype=np.float32)
         encoded = [(i, e) for i, e in enumerate(window) if e is not None and e.ids]
-        encoded.sort(key=lambda pair: (-len(pair[1].ids), pair[0]))
-        starts = range(0, len(encoded), self.batch_size)
-        groups = [encoded[s : s + self.batch_size] for s in starts]
+        groups = list(_like_lengths(encoded, self.batch_size))
         batches = ([e for _, e in group] for group in groups)
         advice = [f"--batch-size {max(1, self.batch_size // 2)}", f"--max-length {self.encoder.max_length // 2}"]
         with memory_guard(self.model.device, "embedding rows", advice):
