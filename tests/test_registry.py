@@ -67,6 +67,7 @@ def test_every_method_can_be_chosen_by_name_and_by_settings(kind, name):
     minimal = {
         "select": {"rows": "x", "model": "m", **({"target": "y"} if name in AIMED else {})},
         "tune": {"rows": "x", "model": "m"},
+        "aggregate": {"adapters": ["a", "b"]},
         "merge": {"models": ["a"] if name == "slerp" else ["a", "b"], "base_model": "base"},
         "drop": {"model": "m", "calibration": "x", "attention": 1},
     }[verb.name]
@@ -148,7 +149,8 @@ def test_a_plug_in_may_not_shadow_a_built_in_and_what_is_no_method_is_named(entr
 
 
 def test_the_families_are_those_of_the_entry_point_groups():
-    assert list(registry.FAMILIES) == list(FAMILIES) == ["selection", "valuation", "tuning", "merging", "dropping"]
+    kinds = ["selection", "valuation", "tuning", "aggregation", "merging", "dropping"]
+    assert list(registry.FAMILIES) == list(FAMILIES) == kinds
 
 
 def test_a_target_that_needs_an_extra_names_it(monkeypatch):

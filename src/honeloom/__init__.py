@@ -1,4 +1,4 @@
-"""honeloom: select, tune, merge and drop open language models, and prove each step.
+"""honeloom: select, tune, aggregate, merge and drop open language models, and prove each step.
 
 The verbs of the command line are functions here. Importing this package loads nothing
 heavy; each name is imported on first use.
@@ -10,20 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from honeloom.api import drop, evaluate, load_model, merge, plan, run, select, tune
+    from honeloom.api import aggregate, drop, evaluate, load_model, merge, plan, run, select, tune
     from honeloom.stages.records import verify
     from honeloom.types.report import Report
 
 __version__ = "0.1.0"
 
 _TARGETS = {
-    **dict.fromkeys(("drop", "evaluate", "load_model", "merge", "plan", "run", "select", "tune"), "honeloom.api"),
+    **dict.fromkeys(
+        ("aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run", "select", "tune"),
+        "honeloom.api",
+    ),
     "verify": "honeloom.stages.records",
     "Report": "honeloom.types.report",
 }
 
 __all__ = [
-    "Report", "__version__", "drop", "evaluate", "load_model", "merge", "plan", "run", "select", "tune", "verify",
+    "Report", "__version__", "aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run",
+    "select", "tune",
+    "verify",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Every writing verb also takes `overwrite` and `resume` (or `mode`, "new" by default), `set` (a
 list of "a.b=c") and `console` (silent by default; in a notebook, messages and progress); `tune`,
-`merge` and `drop` also take `push_to_hub`: "org/name", where the verified result goes, into a
+`aggregate`, `merge` and `drop` also take `push_to_hub`: "org/name", where the verified result goes, into a
 private repository unless one is there.
 """
 
@@ -33,7 +33,7 @@ from honeloom.types.report import Report
 from honeloom.types.views import PlanList
 from honeloom.verbs import VERBS
 
-__all__ = ["drop", "evaluate", "load_model", "merge", "plan", "run", "select", "tune"]
+__all__ = ["aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run", "select", "tune"]
 
 PathLike = str | Path
 
@@ -88,6 +88,57 @@ def tune(model: PathLike, rows: PathLike | Sequence[PathLike], *, output_dir: Pa
         The loss became NaN or infinite; nothing is published.
     """
     return _run_verb("tune", output_dir, {"model": str(model), "rows": rows, **options})
+
+
+def aggregate(adapters: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
+    """Combine LoRA adapters of one base model into one adapter, or into the base.
+
+    Parameters
+    ----------
+    adapters : path, hub id, or a sequence of them
+        PEFT adapter folders.
+    output_dir : path
+        Where the adapter (or, with `into_base`, the model) goes.
+    **options
+        Flags of `honeloom aggregate` (method, rank, energy, ...) and settings of
+        `honeloom.federated.config.AggregateConfig`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
+
+    Raises
+    ------
+    IncompatibleModelsError
+        The adapters are of different bases, or the rule cannot combine them; the message says why.
+    NotFiniteError
+        An adapter holds NaN or infinity.
+    """
+    return _run_verb("aggregate", output_dir, {"adapters": adapters, **options})
+
+
+def federate(model: PathLike, config: PathLike | None = None, *, output_dir: PathLike, **options: Any) -> Report:
+    """Tune a model on rows that stay with their clients.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        The base model of all clients.
+    config : path, optional
+        FED.yaml: settings of `honeloom.federated.federate_config.FederateConfig`.
+    output_dir : path
+        Where the adapter, `rounds.jsonl` and `partition.json` go.
+    **options
+        Settings that replace those of `config`, and `overwrite`, `resume`, `set`, `push_to_hub`
+        and `console`.
+
+    Raises
+    ------
+    InputError
+        A setting, the rows or the model cannot be used.
+    HoneloomError
+        Too few clients reply in three rounds in a row.
+    """
+    reads = () if config is None else (Path(config),)
+    given = {} if config is None else {"config": config}
+    return _run_verb("federate", output_dir, {**given, "model": model, **options}, reads=reads)
 
 
 def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: Any) -> Report:
@@ -254,13 +305,13 @@ def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *
 
 def _take_repository(verb: str, options: dict[str, Any]) -> str | None:
     """Where the result is pushed to: no setting of the verb, and only of verbs that make a model."""
-    return options.pop("push_to_hub", None) if verb in ("tune", "merge", "drop") else None
+    return options.pop("push_to_hub", None) if verb in ("tune", "aggregate", "federate", "merge", "drop") else None
 
 
 def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:
-    """Settings from flags, from merge's `config` below them, and from `set` above them."""
+    """Settings from flags, from the `config` of merge and federate below them, and from `set` above them."""
     overrides = options.pop("set", ())
-    config = options.pop("config", None) if verb == "merge" else None
+    config = options.pop("config", None) if verb in ("merge", "federate") else None
     base = {} if config is None else dict(config) if isinstance(config, dict) else load_yaml(Path(config))
     given = apply_overrides({**base, **place_flags(verb, options)}, overrides)
     settings: VerbConfig = validate(load_target(VERBS[verb].config), given, what=verb)

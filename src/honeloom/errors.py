@@ -14,6 +14,7 @@
     │   └── OutputExistsError                  the output folder holds something else
     ├── HubError                      exit 1   the hub kept failing; the same command goes on
     ├── LockedError                   exit 1   another process writes the same output
+    ├── MessageError                  exit 1   what a client or the server sent is not what was agreed
     ├── NotFiniteError                exit 1   a loss, gradient or tensor is NaN or infinite
     ├── OutOfMemoryError              exit 1   a device or the host has not enough memory
     ├── OutOfSpaceError               exit 1   not enough room on the disk
@@ -32,6 +33,7 @@ __all__ = [
     "IncompatibleModelsError",
     "InputError",
     "LockedError",
+    "MessageError",
     "MissingExtraError",
     "NotCachedError",
     "NotFiniteError",
@@ -104,6 +106,10 @@ class HubError(HoneloomError):
 
 class LockedError(HoneloomError):
     """Another process writes the same output."""
+
+
+class MessageError(HoneloomError):
+    """What a federated client or its server sent is not what was agreed; the sender is named by who catches it."""
 
 
 class NotFiniteError(HoneloomError):

@@ -15,6 +15,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "method": "method.type", "axis": "method.axis", "band": "method.band", "rounds": "method.rounds",
     },
     "tune": {"method": "method.type", "rank": "method.rank", "optimizer": "optimizer.type"},
+    "aggregate": {"method": "method.type", "rank": "method.rank", "energy": "method.energy"},
     "drop": {"metric": "metric.type"},
 }
 # fmt: on

@@ -39,6 +39,13 @@ class Verb:
 _ALL = (
     Verb("select", "honeloom.selection.config:SelectConfig", "honeloom.stages.select:execute", family="selection"),
     Verb("tune", "honeloom.tuning.config:TuneConfig", "honeloom.stages.tune:execute", 2, family="tuning"),
+    Verb(
+        "aggregate",
+        "honeloom.federated.config:AggregateConfig",
+        "honeloom.stages.aggregate:execute",
+        family="aggregation",
+    ),
+    Verb("federate", "honeloom.federated.federate_config:FederateConfig", "honeloom.stages.federate:execute"),
     Verb("merge", "honeloom.merging.config:MergeConfig", "honeloom.stages.merge:execute", family="merging"),
     Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", family="dropping"),
     Verb("evaluate", "honeloom.evaluation.config:EvaluateConfig", "honeloom.stages.evaluate:execute"),

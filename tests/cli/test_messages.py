@@ -60,7 +60,7 @@ def test_stated_defaults_are_those_of_the_settings(verb):
             continue
         value = fields[path[0]].get_default(call_default_factory=True)
         if of_method := re.match(r"Of method (\w+)", parameter.help):
-            value = family("selection").load_config(of_method[1])()
+            value = family(VERBS[verb].family).load_config(of_method[1])()
         for part in path[1:]:
             value = getattr(value, part)
         words = {
@@ -69,6 +69,8 @@ def test_stated_defaults_are_those_of_the_settings(verb):
                 "no",
                 "the model's",
                 "the method's",
+                "the largest adapter's",
+                "equal",
                 "1",
                 "inter; search: both",
                 "2e-4 lora, 2e-5 full",

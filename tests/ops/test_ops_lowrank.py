@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from honeloom.ops.lowrank import LinearMap, randomised_svd, relative_error, stack_factors, thin_svd, truncate
+from honeloom.ops.lowrank import (
+    LinearMap,
+    compress,
+    product_norm,
+    randomised_svd,
+    relative_error,
+    stack_factors,
+    thin_svd,
+    truncate,
+)  # fmt: skip
 from honeloom.ops.noise import normal
 
 
@@ -88,3 +97,33 @@ def test_randomised_svd_of_a_full_matrix():
     assert randomised_svd(dense, 50)[1].shape == (20,)
     with pytest.raises(ValueError, match="rank"):
         randomised_svd(dense, 0)
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(90, 6, 70), (9, 3, 6), (3, 5, 8), (8, 5, 3)])
+def test_compressing_is_truncating(m, r, n):
+    b, a = random("b", m, r), random("a", r, n)
+    for options in ({"rank": 2}, {"energy": 0.9}, {"rank": 3, "energy": 0.5}):
+        kept_b, kept_a = compress(b, a, **options)
+        best_b, best_a, _ = truncate(b, a, **options)
+        assert kept_b.shape == best_b.shape
+        torch.testing.assert_close(kept_b @ kept_a, best_b @ best_a, rtol=1e-9, atol=1e-9)
+    whole_b, whole_a = compress(b, a)
+    assert whole_b.shape[1] == min(m, r, n)
+    torch.testing.assert_close(whole_b @ whole_a, b @ a, rtol=1e-9, atol=1e-9)
+
+
+def test_compressing_repeated_and_zero_columns():
+    b, a = random("b", 40, 4), random("a", 4, 30)
+    b, a = torch.cat([b, b, b * 0], dim=1), torch.cat([a, a, a], dim=0)
+    for rank in (4, 12):
+        kept_b, kept_a = compress(b, a, rank=rank)
+        assert relative_error(kept_b, kept_a, b, a) <= 1e-7
+    zero_b, zero_a = compress(b * 0, a, rank=3)
+    assert float((zero_b @ zero_a).norm()) == 0.0
+    with pytest.raises(ValueError, match="energy"):
+        compress(b, a, energy=2.0)
+
+
+def test_the_norm_of_a_product():
+    b, a = random("b", 20, 5), random("a", 5, 30)
+    assert product_norm(b, a) == pytest.approx(float((b @ a).norm()))

@@ -17,8 +17,8 @@ from honeloom.runs.processes import local_rank
 from honeloom.system import available_memory
 
 __all__ = [
-    "DTYPES", "choose_device", "choose_dtype", "describe_devices", "free_memory", "memory_guard", "release_memory",
-    "wait_for_all",
+    "DTYPES", "choose_device", "choose_dtype", "describe_devices", "free_memory", "memory_guard", "one_thread",
+    "release_memory", "wait_for_all",
 ]  # fmt: skip
 
 # What torch says: "Tried to allocate 2.00 GiB" on a GPU, "you tried to allocate 123 bytes" on the host.
@@ -85,6 +85,18 @@ def memory_guard(device: torch.device | str, doing: str, advice: Sequence[str]) 
             f"out of memory while {doing} on {device}: {amount} more were needed and {free / 2**30:.2f} GiB are free; "
             f"try {', or '.join(advice[:3])}"
         ) from None
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Compute with one thread on a CPU: sums are cut by the number of threads, and their bits with them."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def release_memory() -> None:

@@ -1,8 +1,9 @@
-"""A PEFT LoRA adapter folder, read as additions to the tensors of its base model."""
+"""A PEFT LoRA adapter folder: its factors alone, or as additions to the tensors of its base model."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from honeloom.checkpoint.architectures import Architecture
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.errors import CheckpointError
 
-__all__ = ["LoraAdapter", "LoraFactors"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "LoraFactors", "LoraFile", "require_plain"]
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
 _ROW_ELEMENTS = 1 << 18
 
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA rescales the whole weight",
-    "fan_in_fan_out": "its weights are stored transposed",
     "lora_bias": "its factors have biases",
-    "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it replaces token embeddings",
     "target_parameters": "it targets parameters that are not modules",
     "layer_replication": "it repeats layers",
@@ -40,6 +43,15 @@ _REFUSED: Mapping[str, str] = {
 }
 """Settings that make an adapter something other than W + scale * B @ A."""
 
+_NOT_PLAIN: Mapping[str, str] = {
+    "fan_in_fan_out": "its weights are stored transposed",
+    "modules_to_save": "it replaces whole modules",
+}
+"""Settings under which the factors still add up, but are no plain addition to the base's tensors on disk."""
+
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of init_lora_weights, or their beginnings, that also take the first B @ A out of the base."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
@@ -49,6 +61,106 @@ class LoraFactors:
     a_name: str
     scale: float
     shape: tuple[int, int]
+
+
+class LoraFile:
+    """The low-rank factors in an adapter folder, without its base.
+
+    Factors are told apart by the ends of their names, never by their shapes. Use as a context
+    manager, or call `close`.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds adapter_config.json and adapter_model.safetensors.
+
+    Attributes
+    ----------
+    config : dict
+        Content of adapter_config.json.
+    weights : Checkpoint
+        The tensors.
+    factors : dict
+        Module path -> its factors, with the scale that the loader would apply.
+    others : list of str
+        Names of tensors that are no factors.
+
+    Raises
+    ------
+    CheckpointError
+        The files are unsound, or the adapter is more than LoRA or rsLoRA.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = _read_config(folder)
+        file = folder / ADAPTER_WEIGHTS
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS}; pickled adapters are never read")
+        self.folder = folder
+        self.weights = Checkpoint(folder, [file])
+        self.factors: dict[str, LoraFactors] = {}
+        self.others: list[str] = []
+        self._pair()
+
+    def _pair(self) -> None:
+        modules: dict[str, dict[str, str]] = {}
+        for name in self.weights.names():
+            if match := _NAME.fullmatch(name):
+                modules.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = name
+            else:
+                self.others.append(name)
+        for module, found in modules.items():
+            if set(found) != {"A", "B"}:
+                raise CheckpointError(f"{self.folder}: the target {module!r} lacks one of its two factors")
+            self.factors[module] = self._factors(module, found["B"], found["A"])
+
+    def _factors(self, module: str, b_name: str, a_name: str) -> LoraFactors:
+        a, b = self.weights.info(a_name).shape, self.weights.info(b_name).shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            raise CheckpointError(
+                f"{self.folder}: factors of {module!r} have shapes B {b} and A {a}; B @ A does not exist"
+            )
+        rank = a[0]
+        alpha = _pattern_value(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", rank))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise CheckpointError(f"{self.folder}: lora_alpha of {module!r} is {alpha!r}; it must be a number")
+        scale = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+        return LoraFactors(b_name, a_name, scale, (b[0], a[1]))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.weights.close()
+
+    def __enter__(self) -> LoraFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def require_plain(adapter: LoraFile) -> None:
+    """Raise CheckpointError unless every tensor is a factor of a linear layer that adds to a stored weight.
+
+    Raises
+    ------
+    CheckpointError
+        It stores weights transposed, replaces modules, changes biases, or targets embeddings.
+    """
+    file = adapter.folder / ADAPTER_CONFIG
+    for key, reason in _NOT_PLAIN.items():
+        if adapter.config.get(key):
+            raise CheckpointError(f"{file}: {key} is set, and {reason}; merge it with the library that made it first")
+    bias = adapter.config.get("bias", "none")
+    if bias != "none":
+        raise CheckpointError(f"{file}: bias is {bias!r}, so it changes biases too; only 'none' can be merged")
+    for module, factors in adapter.factors.items():
+        if factors.a_name.endswith(".lora_embedding_A"):
+            raise CheckpointError(
+                f"{adapter.folder}: {module!r} is an embedding, whose factors are stored transposed; "
+                "merge it with the library that made it first"
+            )
 
 
 class LoraAdapter:
@@ -71,35 +183,30 @@ class LoraAdapter:
     """
 
     def __init__(self, folder: Path, base: Checkpoint, architecture: Architecture) -> None:
-        config = _read_config(folder)
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{folder}: no adapter_model.safetensors; pickled adapters are never read")
+        self._file = LoraFile(folder)
+        require_plain(self._file)
         self.folder = folder
-        self.weights = Checkpoint(folder, [file])
+        self.weights = self._file.weights
         self._held: tuple[LoraFactors, torch.Tensor, torch.Tensor] | None = None
-        self.factors = self._pair(config, base, architecture)
+        self.factors = self._match(base, architecture)
 
-    def _pair(self, config: Mapping[str, Any], base: Checkpoint, architecture: Architecture) -> dict[str, LoraFactors]:
-        names = set(base.names())
-        modules: dict[str, set[str]] = {}
-        for name in self.weights.names():
-            if match := _NAME.fullmatch(name):
-                modules.setdefault(match["module"], set()).add(match["factor"])
-            elif not self._is_copy(name, base, architecture):
+    def _match(self, base: Checkpoint, architecture: Architecture) -> dict[str, LoraFactors]:
+        for name in self._file.others:
+            if not self._is_copy(name, base, architecture):
                 raise CheckpointError(
                     f"{self.folder}: tensor {name!r} is no LoRA factor of a linear layer and no copy of the base's"
                 )
-        factors = {}
-        for module, found in modules.items():
+        names = set(base.names())
+        found = {}
+        for module, factors in self._file.factors.items():
             target = _disk_name(module, names, architecture)
-            if target is None or found != {"A", "B"}:
-                reason = "lacks one of its two factors" if target else "is not a weight of the base model"
+            if target is None:
                 raise CheckpointError(
-                    f"{self.folder}: the target {module!r} {reason}; is this the base it was trained on?"
+                    f"{self.folder}: the target {module!r} is not a weight of the base model; "
+                    "is this the base it was trained on?"
                 )
-            factors[target] = self._factors(module, config)
-        return factors
+            found[target] = factors
+        return found
 
     def _is_copy(self, name: str, base: Checkpoint, architecture: Architecture) -> bool:
         """PEFT also stores embeddings and head when one of them is a target; unchanged, they add nothing."""
@@ -108,20 +215,6 @@ class LoraAdapter:
         if source is None or self.weights.info(name).shape != base.info(source).shape:
             return False
         return torch.equal(self.weights.read(name, torch.float32), base.read(source, torch.float32))
-
-    def _factors(self, module: str, config: Mapping[str, Any]) -> LoraFactors:
-        a_name, b_name = (f"base_model.model.{module}.lora_{f}.weight" for f in "AB")
-        a, b = self.weights.info(a_name).shape, self.weights.info(b_name).shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
-            raise CheckpointError(
-                f"{self.folder}: factors of {module!r} have shapes B {b} and A {a}; B @ A does not exist"
-            )
-        rank = a[0]
-        alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank))
-        if not isinstance(alpha, int | float):
-            raise CheckpointError(f"{self.folder}: lora_alpha of {module!r} is {alpha!r}; it must be a number")
-        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-        return LoraFactors(b_name, a_name, scale, (b[0], a[1]))
 
     def add_to(self, name: str, start: int, values: torch.Tensor) -> torch.Tensor:
         """Add the adapter's part to elements start... of a flattened tensor of the base.
@@ -165,7 +258,7 @@ class LoraAdapter:
 
     def close(self) -> None:
         """Close the file."""
-        self.weights.close()
+        self._file.close()
 
     def __enter__(self) -> LoraAdapter:
         return self
@@ -177,11 +270,11 @@ class LoraAdapter:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no adapter_config.json; an adapter folder needs one") from None
+        raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG}; an adapter folder needs one") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -190,9 +283,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{file}: {key} is set, and {reason}; merge it with the library that made it first")
-    if config.get("bias", "none") != "none":
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{file}: bias is {config['bias']!r}, so it changes biases too; only 'none' can be merged"
+            f"{file}: init_lora_weights is {start!r}, so it fits a base that was changed when it began; save it again "
+            "with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     return config
 

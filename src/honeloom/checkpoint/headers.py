@@ -17,7 +17,7 @@ from typing import Any
 
 from honeloom.errors import CheckpointError
 
-__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "inspect_weights", "read_header"]
+__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "inspect_weights", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ENTRY_BYTES = 1 << 16
@@ -100,6 +100,23 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: {reason}; download or write the file again") from None
 
 
+def parse_header(data: bytes, *, what: str) -> Header:
+    """Check the header of a whole safetensors document in memory; `what` is named if it is unsound.
+
+    Raises
+    ------
+    CheckpointError
+        As of `read_header`.
+    """
+    try:
+        length = _header_length(data[:8], len(data))
+        tensors, metadata = _parse(data[: 8 + length])
+        _check_ranges(tensors, len(data) - 8 - length)
+    except _Unsound as reason:
+        raise CheckpointError(f"{what}: {reason}") from None
+    return Header(tuple(tensors), metadata, 8 + length)
+
+
 def inspect_weights(path: Path) -> str | None:
     """Return None if a safetensors file's header is sound and its length fits, else the reason in one line."""
     try:
@@ -137,7 +154,7 @@ def _header_length(prefix: bytes, size: int) -> int:
     return length
 
 
-def _parse(data: mmap.mmap) -> tuple[list[TensorInfo], dict[str, str]]:
+def _parse(data: mmap.mmap | bytes) -> tuple[list[TensorInfo], dict[str, str]]:
     tensors: list[TensorInfo] = []
     metadata: dict[str, str] = {}
     seen: set[str] = set()
@@ -155,7 +172,7 @@ def _parse(data: mmap.mmap) -> tuple[list[TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _entries(data: mmap.mmap) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(data: mmap.mmap | bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the names and values of the header's object, one at a time."""
     opening = _OPEN.match(data, 8)
     if not opening:

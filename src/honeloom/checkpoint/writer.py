@@ -15,7 +15,7 @@ import torch
 from honeloom.checkpoint.dtypes import format_name
 from honeloom.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 
-__all__ = ["SHARD_BYTES", "TensorStream", "write_checkpoint"]
+__all__ = ["SHARD_BYTES", "TensorStream", "write_checkpoint", "write_tensors"]
 
 SHARD_BYTES = 5_000_000_000
 _METADATA = {"format": "pt"}
@@ -93,6 +93,21 @@ def write_checkpoint(
     if len(shards) > 1:
         _write_index(folder / INDEX_NAME, dict(zip(names, shards, strict=True)))
     return sum((folder / name).stat().st_size for name in names)
+
+
+def write_tensors(path: Path, tensors: Iterable[TensorStream], *, metadata: Mapping[str, str] = _METADATA) -> int:
+    """Write one safetensors file as `write_checkpoint` does, under any name.
+
+    Returns
+    -------
+    int
+        Bytes of the file.
+    """
+    plan = list(tensors)
+    if len({t.name for t in plan}) < len(plan):
+        raise ValueError("two tensors to write have the same name")
+    _write_file(path, sorted(plan, key=lambda t: -t.dtype.itemsize), metadata)
+    return path.stat().st_size
 
 
 def _split(plan: Sequence[TensorStream], shard_bytes: int) -> list[list[TensorStream]]:

@@ -10,10 +10,12 @@ import click
 import typer
 
 from honeloom import __version__
+from honeloom.cli.aggregate import aggregate
 from honeloom.cli.demo import demo
 from honeloom.cli.doctor import doctor
 from honeloom.cli.drop import drop
 from honeloom.cli.evaluate import evaluate
+from honeloom.cli.federate import federate
 from honeloom.cli.help import explain_usage, help_of, summary_of
 from honeloom.cli.init import init
 from honeloom.cli.lineage import lineage
@@ -42,7 +44,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, init, run, select, tune, merge, drop, evaluate, verify, report, lineage, methods, doctor):
+_COMMANDS = (
+    demo, init, run, select, tune, aggregate, federate, merge, drop, evaluate, verify, report, lineage, methods, doctor,
+)  # fmt: skip
+for command in _COMMANDS:
     app.command(help=help_of(command), short_help=summary_of(command))(command)
 app.add_typer(rows, name="rows")
 

@@ -15,6 +15,7 @@ from honeloom.registry import suggest
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "AdaptersInput",
     "Attention",
     "Config",
     "Device",
@@ -47,7 +48,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-InputKind = Literal["model", "rows", "folder", "file", "scores", "encoder"]
+InputKind = Literal["model", "adapter", "rows", "folder", "file", "scores", "encoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,10 @@ RowsInput = Annotated[
     tuple[str, ...], BeforeValidator(_as_tuple), InputMark("rows"), WithJsonSchema(_ONE_OR_MORE, mode="validation")
 ]
 """Paths, globs, hub ids or `lab:pool|dev|test`; one string stands for a list of one."""
+AdaptersInput = Annotated[
+    tuple[str, ...], BeforeValidator(_as_tuple), InputMark("adapter"), WithJsonSchema(_ONE_OR_MORE, mode="validation")
+]
+"""PEFT adapter folders or hub ids, without their bases; one string stands for a list of one."""
 _DEVICE = re.compile(r"^(auto|cpu|cuda|cuda:\d+|mps)$")
 
 

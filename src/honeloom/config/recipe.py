@@ -191,7 +191,7 @@ def _allow_short_forms(schema: dict[str, Any], definitions: Mapping[str, Any]) -
 def _names_alone(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> list[dict[str, Any]]:
     choices = schema.get("oneOf", [schema])
     targets = [definitions.get(str(c.get("$ref", "")).removeprefix("#/$defs/"), {}) for c in choices]
-    names = [t["properties"]["type"]["const"] for t in targets if "type" in t.get("properties", {})]
+    names = [c for t in targets if (c := t.get("properties", {}).get("type", {}).get("const")) is not None]
     if names:
         return [{"enum": names}]
     item = schema.get("items", {}) if schema.get("type") == "array" else {}

@@ -13,7 +13,10 @@ import torch
 
 from honeloom.ops.noise import normal
 
-__all__ = ["LinearMap", "randomised_svd", "relative_error", "stack_factors", "thin_svd", "truncate"]
+__all__ = [
+    "LinearMap", "compress", "product_norm", "randomised_svd", "relative_error", "stack_factors", "thin_svd",
+    "truncate",
+]  # fmt: skip
 
 Factor = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -86,18 +89,77 @@ def truncate(
     """
     if rank is None and energy is None:
         raise ValueError("truncate needs rank or energy")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise ValueError(f"rank {rank} must be 1 or more and energy {energy} in (0, 1]")
+    _check_amount(rank, energy)
     u, s, vt = thin_svd(b, a)
     squares = s.square()
     total = float(squares.sum())
-    keep = len(s) if rank is None else min(rank, len(s))
-    if energy is not None and total > 0:
-        enough = int((squares.cumsum(0) < energy * total).sum()) + 1
-        keep = min(keep, enough)
+    keep = _columns_to_keep(squares, rank, energy)
     root = s[:keep].sqrt()
     error = (float(squares[keep:].sum()) / total) ** 0.5 if total > 0 else 0.0
     return u[:, :keep] * root, root.unsqueeze(1) * vt[:keep], error
+
+
+def _check_amount(rank: int | None, energy: float | None) -> None:
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise ValueError(f"rank {rank} must be 1 or more and energy {energy} in (0, 1]")
+
+
+def _columns_to_keep(squares: torch.Tensor, rank: int | None, energy: float | None) -> int:
+    total = float(squares.sum())
+    keep = len(squares) if rank is None else min(rank, len(squares))
+    if energy is not None and total > 0:
+        keep = min(keep, int((squares.cumsum(0) < energy * total).sum()) + 1)
+    return keep
+
+
+def compress(
+    b: torch.Tensor, a: torch.Tensor, *, rank: int | None = None, energy: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best approximation of B @ A by fewer columns, as `truncate`, several times faster for tall factors.
+
+    The triangular factors come from r x r Gram matrices instead of Householder reflections, and
+    nothing but the columns kept is computed at full height. Gram matrices resolve singular values
+    only above about 1e-8 of the largest, so which of smaller ones are kept is not told; with
+    every column kept the product is B @ A to float64 rounding all the same, for the half that is
+    divided out is the half that was multiplied in.
+
+    Parameters
+    ----------
+    b, a : Tensor
+        (m, r) and (r, n).
+    rank : int, optional
+        Columns to keep at most.
+    energy : float, optional
+        Keep as few columns as hold this share (0 to 1] of the squared Frobenius norm.
+
+    Returns
+    -------
+    B, A : Tensor
+        (m, k) and (k, n), float64, k at most min(m, r, n), by falling singular value, which both share evenly.
+    """
+    _check_amount(rank, energy)
+    b, a = b.double(), a.double()
+    gram_b, gram_a = b.T @ b, a @ a.T
+    # Columns of B to length one: a pair with small b and large a counts by its product.
+    length = gram_b.diagonal().sqrt()
+    length = torch.where(length > 0, length, 1.0)
+    half_b, back_b = _halves(gram_b / length / length.unsqueeze(1))
+    half_a, back_a = _halves(gram_a * length * length.unsqueeze(1))
+    u, s, vt = torch.linalg.svd(half_b @ half_a.T)
+    most = min(b.shape[0], a.shape[1], len(s))
+    keep = min(most, _columns_to_keep(s.square(), rank, energy))
+    root = s[:keep].sqrt()
+    left = back_b @ (u[:, :keep] * root) / length.unsqueeze(1)
+    right = (vt[:keep].T * root).T @ back_a.T * length
+    return b @ left, right @ a
+
+
+def _halves(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with H.T @ H = gram, and its inverse; tiny eigenvalues are lifted, which cancels in the product."""
+    values, vectors = torch.linalg.eigh(gram)
+    largest = float(values[-1]) if len(values) else 0.0
+    root = values.clamp_min(1e-15 * largest if largest > 0 else 1.0).sqrt()
+    return root.unsqueeze(1) * vectors.T, vectors / root
 
 
 def relative_error(b: torch.Tensor, a: torch.Tensor, reference_b: torch.Tensor, reference_a: torch.Tensor) -> float:
@@ -111,14 +173,15 @@ def relative_error(b: torch.Tensor, a: torch.Tensor, reference_b: torch.Tensor, 
     float
         0 if both products are zero, infinity if only the reference is.
     """
-    difference = _norm(*stack_factors([(b, a, 1.0), (reference_b, reference_a, -1.0)]))
-    reference = _norm(reference_b, reference_a)
+    difference = product_norm(*stack_factors([(b, a, 1.0), (reference_b, reference_a, -1.0)]))
+    reference = product_norm(reference_b, reference_a)
     if reference == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / reference
 
 
-def _norm(b: torch.Tensor, a: torch.Tensor) -> float:
+def product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
+    """Frobenius norm of B @ A, by the triangular factors of both."""
     r_b = torch.linalg.qr(b.double(), mode="r").R
     r_a = torch.linalg.qr(a.double().T, mode="r").R
     return float(torch.linalg.matrix_norm(r_b @ r_a.T))

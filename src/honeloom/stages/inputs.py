@@ -26,6 +26,7 @@ __all__ = [
     "artefact_fingerprint",
     "model_files",
     "recorded_inputs",
+    "resolve_adapter",
     "resolve_model",
     "resolve_rows",
 ]
@@ -142,7 +143,7 @@ class Resolver:
             value = str(here.path) if here else field.value
             found = resolve_file(value, field.place, scores=field.kind == "scores")
             return replace(found, kind=field.kind, value=field.value, relative=here.relative if here else None)
-        look = resolve_rows if field.kind == "rows" else resolve_model
+        look = {"rows": resolve_rows, "adapter": resolve_adapter}.get(field.kind, resolve_model)
         try:
             if here is None:
                 return look(field.value, field.place, fetch=self._fetch)
@@ -205,6 +206,19 @@ def resolve_model(value: str, place: str = "model", *, known: str | None = None,
     return ResolvedInput(place, "model", value, (path,), digest, size, revision=revision, base=base)
 
 
+def resolve_adapter(value: str, place: str, *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
+    """Resolve an adapter folder without its base, which need not be here."""
+    path, revision = _locate_model(value, fetch)
+    names = model_files(path)
+    if "adapter_config.json" not in names:
+        raise SourceError(f"{place} {value!r}: no adapter_config.json, so it is no adapter; give PEFT adapter folders")
+    digests = {name: _digest(path / name) for name in names}
+    if known is None and (damaged := _differs(path, digests)):
+        raise CheckpointError(damaged)
+    size = sum((path / n).stat().st_size for n in names)
+    return ResolvedInput(place, "adapter", value, (path,), known or combine_digests(digests), size, revision=revision)
+
+
 def _hub(function: str, name: str, fetch: bool) -> tuple[Path, str]:
     located: tuple[Path, str] = load_target(f"honeloom.backends.hub:{function}")(name, fetch=fetch)
     return located
@@ -254,14 +268,22 @@ def model_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if _MODEL_FILES.search(p.name) and p.is_file())
 
 
-def _model_fingerprint(folder: Path, names: Sequence[str]) -> str:
+def _model_fingerprint(folder: Path, names: Sequence[str], base: str | None = None) -> str:
     digests = {name: _digest(folder / name) for name in names}
     if damaged := _differs(folder, digests):
         raise CheckpointError(damaged)
-    base = adapter_base(folder) if "adapter_config.json" in names else None
-    if base is not None:
-        digests["base"] = resolve_model(base).fingerprint
+    if "adapter_config.json" in names and (name := adapter_base(folder)):
+        digests["base"] = base or base_fingerprint(name)
     return combine_digests(digests)
+
+
+def base_fingerprint(name: str) -> str:
+    """Fingerprint of an adapter's base as far as it is here; of its name alone if it is not, for nothing is fetched."""
+    try:
+        found = resolve_model(name, fetch=False)
+    except SourceError:
+        return combine_digests({"name": name})
+    return found.fingerprint
 
 
 def _differs(folder: Path, digests: Mapping[str, str]) -> str | None:
@@ -283,8 +305,13 @@ def adapter_base(folder: Path) -> str | None:
     A hub id comes with the revision that the adapter was trained on, as `org/name@revision`.
     """
     for entry in recorded_inputs(folder):
-        if entry["place"] == "model" and entry["relative"] and (folder / entry["relative"]).is_dir():
-            return str((folder / entry["relative"]).resolve())
+        beside = folder / entry["relative"] if entry["relative"] else None
+        if beside is None or not beside.is_dir():
+            continue
+        if entry["place"] == "model":
+            return str(beside.resolve())
+        if entry["kind"] == "adapter":  # aggregated: its base is theirs
+            return adapter_base(beside.resolve())
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
     except ValueError as error:
@@ -318,11 +345,12 @@ def _digest(path: Path) -> str:
     return sha256_file(path)
 
 
-def artefact_fingerprint(path: Path) -> str:
+def artefact_fingerprint(path: Path, *, base: str | None = None) -> str:
     """Fingerprint of what a stage has just written, equal to what `resolve_model` would find.
 
-    For a file it is the SHA-256 of its content; for an adapter it covers the base model too.
+    For a file it is the SHA-256 of its content; for an adapter it covers the base model too, whose
+    fingerprint is `base` where the stage has read it.
     """
     if path.is_file():
         return sha256_file(path)
-    return _model_fingerprint(path, model_files(path))
+    return _model_fingerprint(path, model_files(path), base)

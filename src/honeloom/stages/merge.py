@@ -29,7 +29,7 @@ from honeloom.runs.redact import redact
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check
 
-__all__ = ["execute"]
+__all__ = ["execute", "verify_merged", "warn_of_loss", "write_streams"]
 
 _NOTABLE_LOSS = 0.05
 _ROOM_FOR_SMALL_FILES = 64 << 20
@@ -45,7 +45,7 @@ def execute(work: Work[MergeConfig]) -> Outcome:
         streams = merger.streams()
         require_space(work.dir, sum(s.nbytes for s in streams) + _ROOM_FOR_SMALL_FILES)
         work.log.say(f"merge: {config.method.type} of {len(merger.models)} models, {len(streams)} tensors")
-        written = _write(work, streams)
+        written = write_streams(work, streams)
         details = {
             "method": config.method.type,
             "donor": merger.donor.name,
@@ -54,8 +54,8 @@ def execute(work: Work[MergeConfig]) -> Outcome:
             "bytes_written": written,
         }
         _write_small_files(work, merger.donor)
-        _warn_of_loss(work, merger)
-        checks = _verify(work, merger)
+        warn_of_loss(work, merger)
+        checks = verify_merged(work, merger, allow_nan=config.allow_nan)
     return Outcome("model", checks=checks, details=details, relation="merge")
 
 
@@ -96,7 +96,8 @@ def _plan(config: MergeConfig, sources: dict[str, ModelSource]) -> Merger:
     return Merger(config.method, models, weights, base, _donor(sources), dtype, config.allow_nan)
 
 
-def _write(work: Work[MergeConfig], streams: list[TensorStream]) -> int:
+def write_streams(work: Work[Any], streams: list[TensorStream]) -> int:
+    """Write the tensors of a model as they are computed, with progress; returns the bytes written."""
     with work.log.console.progress("merge tensors", len(streams)) as advance:
         counted = [replace(s, chunks=partial(_then, s.chunks, partial(advance, 1))) for s in streams]
         return write_checkpoint(work.dir, counted)
@@ -120,7 +121,8 @@ def _write_small_files(work: Work[MergeConfig], donor: ModelSource) -> None:
     write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved)).encode())
 
 
-def _warn_of_loss(work: Work[MergeConfig], merger: Merger) -> None:
+def warn_of_loss(work: Work[Any], merger: Merger) -> None:
+    """Say if the output type rounds much of the change away; known once all tensors are written."""
     share = merger.lost_delta_fraction
     if share > _NOTABLE_LOSS:
         work.log.warn(
@@ -129,7 +131,7 @@ def _warn_of_loss(work: Work[MergeConfig], merger: Merger) -> None:
         )
 
 
-def _verify(work: Work[MergeConfig], merger: Merger) -> tuple[Check, ...]:
+def verify_merged(work: Work[Any], merger: Merger, *, allow_nan: bool = False) -> tuple[Check, ...]:
     """Load what was written in transformers, and recompute samples of it from the inputs."""
     config = work.config
     tokenizer = load_tokenizer(work.dir)
@@ -143,7 +145,7 @@ def _verify(work: Work[MergeConfig], merger: Merger) -> tuple[Check, ...]:
             f"transformers loads the result and its logits on {probes} are finite",
             finite,
             True,
-            finite or config.allow_nan,
+            finite or allow_nan,
         ),
         Check(
             "merged values, recomputed in samples: largest error in units of the last place", error, 0.5, error <= 0.5

@@ -137,7 +137,7 @@ def parents(folder: Path) -> Iterator[tuple[str, Path]]:
     The name is the stage's within a run, else as the user wrote it.
     """
     for entry in recorded_inputs(folder):
-        if entry["kind"] != "model":
+        if entry["kind"] not in ("model", "adapter"):
             continue
         relative = entry["relative"]
         name = Path(relative).name.split("-", 1)[-1] if relative else entry["value"]

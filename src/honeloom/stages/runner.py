@@ -198,7 +198,7 @@ def space_needed(job: Job) -> int:
     A tuning writes its result and keeps checkpoints, each with the trained weights and the
     moments of its optimizer. Everything else grows with the rows.
     """
-    if job.verb.name in ("merge", "drop"):
+    if job.verb.name in ("merge", "drop", "aggregate"):
         return 0
     rows = sum(i.size for i in job.inputs.values() if i.kind == "rows")
     if job.verb.name != "tune":
@@ -249,7 +249,8 @@ def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, res
     artefact = None
     if folder and shown:
         path = shown if outcome.artefact == "." else shown / outcome.artefact
-        artefact = Artefact(outcome.kind, str(path), artefact_fingerprint(folder / outcome.artefact))
+        base = job.inputs["model"].fingerprint if outcome.kind == "adapter" and "model" in job.inputs else None
+        artefact = Artefact(outcome.kind, str(path), artefact_fingerprint(folder / outcome.artefact, base=base))
     report = Report(
         verb=job.verb.name,
         status="ok" if all(check.passed for check in outcome.checks) else "failed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from honeloom.testing.conformance import (
+    check_aggregation,
     check_drop_metric,
     check_estimator,
     check_merge_method,
@@ -13,6 +14,7 @@ from honeloom.testing.fakes import FakeModel, FakeRows
 __all__ = [
     "FakeModel",
     "FakeRows",
+    "check_aggregation",
     "check_drop_metric",
     "check_estimator",
     "check_merge_method",

@@ -6,24 +6,28 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from honeloom.ops.noise import keyed_uniform
+from honeloom.federated.aggregation.exactness import measured_error
+from honeloom.federated.aggregation.warm import whole
+from honeloom.ops.lowrank import relative_error
+from honeloom.ops.noise import keyed_uniform, normal
 from honeloom.selection.choose import take_best
 from honeloom.selection.vectors import unit_blocks
 from honeloom.testing.fakes import FakeGradients, FakeModel, FakeRows, FakeUtility, chat_row
 from honeloom.types.plans import Scores
 from honeloom.types.ports import RowTable, SelectionData, Vectors
 from honeloom.types.rows import Row
+from honeloom.types.updates import Combined, Part
 from honeloom.valuation.executors import Executor, Inline, Outcome, Task, Utility
 from honeloom.valuation.game import Estimate, Game
 from honeloom.valuation.noise import measure_noise
 
-__all__ = ["check_drop_metric", "check_estimator", "check_merge_method", "check_selector"]
+__all__ = ["check_aggregation", "check_drop_metric", "check_estimator", "check_merge_method", "check_selector"]
 
 
 def _rows(count: int) -> list[Row]:
@@ -143,6 +147,86 @@ def check_merge_method(
     assert torch.equal(merge(tensors), merged), "a second call gives other bits"
     same = merge([tensors[0]] * models)
     assert torch.allclose(same.float(), tensors[0], atol=1e-6), "merging copies of one model does not give that model"
+
+
+def check_aggregation(
+    method: Callable[..., Combined],
+    *,
+    exact: bool,
+    ranks: Sequence[int] = (4, 2, 1),
+    shared: Literal["a", "b"] | None = None,
+    **settings: Any,
+) -> None:
+    """Require what every rule that aggregates low-rank updates promises.
+
+    Factors that fit together, finite, float32 or wider also for narrow inputs; inputs unchanged;
+    the same bits when called again; the same update in whatever order the clients come; one client
+    alone, and copies of one client, give that client's update (which fails where shares count
+    squared); a scale counts as if it were part of B. An exact rule gives the weighted sum, and a
+    client without factors adds nothing to it.
+
+    Parameters
+    ----------
+    method : callable
+        Takes parts, and its settings as keywords.
+    exact : bool
+        Whether the result is the sum of p_k s_k B_k A_k.
+    ranks : sequence of int
+        Of the clients; equal ones for rules that need that.
+    shared : {"a", "b"}, optional
+        The factor that all clients have in common, for rules that need one.
+    **settings
+        Of the rule.
+
+    Raises
+    ------
+    AssertionError
+        What does not hold.
+    """
+    parts = _random_parts(ranks, shared)
+    copies = [(part.b.clone(), part.a.clone()) for part in parts]
+    result = method(parts, **settings)
+    b, a = whole(result)
+    assert b.shape[0] == 12 and a.shape[1] == 9 and b.shape[1] == a.shape[0], f"factors {b.shape} and {a.shape}"
+    assert bool(torch.isfinite(b).all() and torch.isfinite(a).all()), "a factor is not finite"
+    kept = all(torch.equal(p.b, x) and torch.equal(p.a, y) for p, (x, y) in zip(parts, copies, strict=True))
+    assert kept, "an input was changed"
+    again = whole(method(parts, **settings))
+    assert torch.equal(b, again[0]) and torch.equal(a, again[1]), "a second call gives other bits"
+    _require_equal(whole(method(parts[::-1], **settings)), (b, a), "the order of the clients changes the update")
+    narrow = [replace(part, b=part.b.bfloat16(), a=part.a.bfloat16()) for part in parts]
+    dtypes = {t.dtype for t in whole(method(narrow, **settings))}
+    assert dtypes <= {torch.float32, torch.float64}, f"bfloat16 factors give {dtypes}; sums need float32"
+    first = parts[0]
+    update = first.scale * first.b, first.a
+    for alone in ([replace(first, weight=1.0)], [replace(first, weight=w) for w in (0.5, 0.3, 0.2)]):
+        _require_equal(whole(method(alone, **settings)), update, f"{len(alone)} times one client is not that client")
+    folded = [replace(part, b=part.b * part.scale, scale=1.0) for part in parts]
+    if shared != "b":
+        _require_equal(whole(method(folded, **settings)), (b, a), "a scale is no factor of B")
+    if exact:
+        error = measured_error(result, parts)
+        assert error <= 1e-6, f"the relative error against the weighted sum is {error}"
+        absent = Part(torch.zeros(12, 0), torch.zeros(0, 9), 1.0, 0.5)
+        given = [absent, *(replace(part, weight=part.weight / 2) for part in parts)]
+        error = measured_error(method(given, **settings), given)
+        assert error <= 1e-6, f"with a client without factors the relative error is {error}"
+
+
+def _random_parts(ranks: Sequence[int], shared: str | None) -> list[Part]:
+    """Updates of a (12, 9) weight with unequal shares and scales; a shared A is cut to each rank."""
+    total = len(ranks) * (len(ranks) + 1) / 2
+    parts = []
+    for k, rank in enumerate(ranks):
+        b = normal(0, "b" if shared == "b" else f"b{k}", 12 * max(ranks)).view(12, max(ranks))[:, :rank].clone()
+        a = normal(0, "a" if shared == "a" else f"a{k}", max(ranks) * 9).view(max(ranks), 9)[:rank].clone()
+        parts.append(Part(b, a, (2.0, 1.0, 0.5)[k % 3], (k + 1) / total))
+    return parts
+
+
+def _require_equal(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], what: str) -> None:
+    error = relative_error(*one, *other)
+    assert error <= 1e-6, f"{what}: relative difference {error}"
 
 
 def check_drop_metric(metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:

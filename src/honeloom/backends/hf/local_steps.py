@@ -69,6 +69,7 @@ def local_steps(
     *,
     max_grad_norm: float = 1.0,
     collate: Collator = _padded,
+    adjust: Callable[[], None] | None = None,
 ) -> list[float]:
     """Train for as many optimizer steps as there are batches.
 
@@ -84,6 +85,8 @@ def local_steps(
         Gradients are scaled down to this L2 norm.
     collate : callable
         From `collator`.
+    adjust : callable, optional
+        May change the gradients of a step before they are clipped.
 
     Returns
     -------
@@ -109,6 +112,8 @@ def local_steps(
             total += float(loss.detach())
         if not torch.isfinite(torch.tensor(total)):
             raise NotFiniteError(f"step {number}: the loss is {total}; lower lr or use --dtype fp32")
+        if adjust is not None:
+            adjust()
         torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
         optimizer.step()
         if schedule is not None:

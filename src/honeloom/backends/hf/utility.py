@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from honeloom.backends.devices import one_thread
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.load import Loading, load_config, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import (
@@ -143,13 +143,13 @@ class TuningUtility:
 
     def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
         """The same, with the order of rows that the `repeat`-th evaluation draws."""
-        with _one_thread(self._open()[0].model.device):
+        with one_thread(self._open()[0].model.device):
             return self._measure(self.tuned(coalition, repeat))
 
     def tuned(self, coalition: frozenset[int], repeat: int = 0) -> Scorer:
         """The model after the tuning; the next one changes it."""
         scorer, start, encoded = self._open()
-        with _one_thread(scorer.model.device):
+        with one_thread(scorer.model.device):
             restore_trainable(scorer.model, start)
             rows = [pair for p in sorted(coalition) for pair in encoded[p]]
             if rows:
@@ -207,14 +207,3 @@ def trainable(encoder: Encoder, row: Row) -> Encoded | None:
     except UnrenderableRow:
         return None
     return encoded if encoded.targets else None
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -1,0 +1,174 @@
+"""A client: from a task to a reply, whatever carries the two."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from honeloom.errors import HoneloomError, MessageError
+from honeloom.federated.messages import Factors, TrainReply, TrainTask
+from honeloom.ops.noise import uniform
+from honeloom.types.federation import LocalJob, LocalPort
+
+__all__ = ["ClientCore", "ClientMemory", "fresh_factors", "split_shared"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(slots=True)
+class ClientMemory:
+    """What a client keeps between rounds: frozen additions and their version, and SCAFFOLD's own correction."""
+
+    version: int = 0
+    round: int = 0
+    frozen: dict[str, Pair] = field(default_factory=dict)
+    control: dict[str, Pair] = field(default_factory=dict)
+
+
+class ClientCore:
+    """Handles tasks for one client.
+
+    Parameters
+    ----------
+    name : str
+        The client.
+    port : LocalPort
+        Its model and rows.
+    memory : ClientMemory
+        Kept between rounds; whoever runs the client stores it.
+    """
+
+    def __init__(self, name: str, port: LocalPort, memory: ClientMemory | None = None) -> None:
+        self.name = name
+        self.port = port
+        self.memory = memory or ClientMemory()
+
+    def handle(self, task: TrainTask) -> TrainReply:
+        """Train as the task says; what goes wrong is told in the reply, for the others go on without this client."""
+        try:
+            return self._train(task)
+        except HoneloomError as error:
+            return TrainReply(
+                task.experiment, task.round, self.name, version=self.memory.version,
+                error=f"{type(error).__name__}: {error}",
+            )  # fmt: skip
+
+    def _train(self, task: TrainTask) -> TrainReply:
+        begun = time.monotonic()
+        self._check(task)
+        memory = self.memory
+        if task.version != memory.version:
+            if task.since not in (0, memory.version):
+                raise MessageError(f"holds frozen additions of version {memory.version}, the task adds to {task.since}")
+            before = {} if task.since == 0 else memory.frozen
+            memory.frozen = stacked(before, task.frozen)
+            memory.version = task.version
+        start, rest = self._start(task)
+        frozen = stacked(memory.frozen, rest)
+        scale = task.alpha / task.rank
+        correction = _minus(task.control, memory.control) if task.settings.get("scaffold") else {}
+        job = LocalJob(
+            self.name, start, scale, frozen, task.trains, task.settings, int(task.settings["seed"]),
+            f"{self.name}/{task.round}", correction,
+        )  # fmt: skip
+        result = self.port.train(job)
+        control = self._new_control(task, start, result.factors) if task.settings.get("scaffold") else {}
+        memory.round = task.round
+        metrics = {**result.metrics, "seconds": time.monotonic() - begun}
+        return TrainReply(
+            task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
+            factors=result.factors, control=control,
+        )  # fmt: skip
+
+    def _check(self, task: TrainTask) -> None:
+        if task.client != self.name:
+            raise MessageError(f"a task for {task.client!r} came to {self.name!r}")
+        if task.round < self.memory.round:
+            raise MessageError(f"a task of round {task.round} came after round {self.memory.round}; it is dropped")
+        for group in (task.shared, task.frozen, task.control):
+            for module, (b, a) in group.items():
+                if self.port.modules.get(module) != (b.shape[0], a.shape[1]):
+                    raise MessageError(f"module {module!r}: {tuple(b.shape)} x {tuple(a.shape)} does not fit the model")
+
+    def _start(self, task: TrainTask) -> tuple[dict[str, Pair], dict[str, Pair]]:
+        """Factors to train, and what of the shared ones is kept beside them."""
+        if task.start == "fresh" or not task.shared:
+            name = "shared" if task.alike else f"{self.name}/{task.round}"
+            return fresh_factors(self.port.modules, task.rank, int(task.settings["seed"]), name), {}
+        return split_shared(
+            task.shared, self.port.modules, task.rank, task.alpha / task.rank, keep=task.start == "carry"
+        )
+
+    def _new_control(self, task: TrainTask, start: Factors, after: Factors) -> dict[str, Pair]:
+        """Change of this client's correction: c_i+ = c_i - c + (start - after) / (steps x lr)."""
+        unit = float(task.settings["steps"]) * float(task.settings["lr"])
+        changes = {}
+        for module, pair in after.items():
+            old = self.memory.control.get(module)
+            moved = [(s - f) / unit for s, f in zip(start[module], pair, strict=True)]
+            common = task.control.get(module, (torch.zeros_like(moved[0]), torch.zeros_like(moved[1])))
+            mine = old if old is not None else (torch.zeros_like(moved[0]), torch.zeros_like(moved[1]))
+            new = tuple(m - c + d for m, c, d in zip(mine, common, moved, strict=True))
+            changes[module] = (new[0] - mine[0], new[1] - mine[1])
+            self.memory.control[module] = (new[0], new[1])
+        return changes
+
+
+def fresh_factors(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, name: str) -> dict[str, Pair]:
+    """New adapters as PEFT begins them: A uniform in +-1/sqrt(n) (Kaiming with a = sqrt 5), B zero.
+
+    A smaller rank's A is the beginning of a larger one's, for the same name.
+    """
+    found = {}
+    for module, (m, n) in modules.items():
+        draws = uniform(seed, f"federated/fresh/{name}/{module}", rank * n).view(rank, n)
+        found[module] = (torch.zeros(m, rank), ((2.0 * draws - 1.0) / math.sqrt(n)).float())
+    return found
+
+
+def split_shared(
+    shared: Factors, modules: Mapping[str, tuple[int, int]], rank: int, scale: float, *, keep: bool
+) -> tuple[dict[str, Pair], dict[str, Pair]]:
+    """Begin with the first `rank` columns of shared factors, whose scale is 1, and keep the others beside or not.
+
+    Columns that are lacking begin with zeros in B and A: they stay out of the update until they are
+    trained, which needs one of the two; so A is that of a fresh adapter, drawn by seed 0.
+    """
+    start, rest = {}, {}
+    for module, (m, n) in modules.items():
+        b, a = shared.get(module, (torch.zeros(m, 0), torch.zeros(0, n)))
+        b, a = b.float(), a.float()
+        mine_b, mine_a = b[:, :rank] / scale, a[:rank]
+        if (lacking := rank - mine_b.shape[1]) > 0:
+            _, more = fresh_factors({module: (m, n)}, rank, 0, "lacking")[module]
+            mine_b = torch.cat([mine_b, torch.zeros(m, lacking)], dim=1)
+            mine_a = torch.cat([mine_a, more[-lacking:]], dim=0)
+        start[module] = (mine_b.contiguous(), mine_a.contiguous())
+        if keep and b.shape[1] > rank:
+            rest[module] = (b[:, rank:].contiguous(), a[rank:].contiguous())
+    return start, rest
+
+
+def stacked(one: Factors, other: Factors) -> dict[str, Pair]:
+    """Both additions as one, module by module."""
+    found = dict(one)
+    for module, (b, a) in other.items():
+        if module in found:
+            b, a = torch.cat([found[module][0], b], dim=1), torch.cat([found[module][1], a], dim=0)
+        found[module] = (b, a)
+    return found
+
+
+def _minus(one: Factors, other: Factors) -> dict[str, Pair]:
+    """Difference of corrections, factor by factor; one that is missing is zero."""
+    found = {}
+    for module in {*one, *other}:
+        b, a = one.get(module) or tuple(torch.zeros_like(t) for t in other[module])
+        if module in other:
+            b, a = b - other[module][0], a - other[module][1]
+        found[module] = (b, a)
+    return found

@@ -1,0 +1,181 @@
+"""Settings of `federate`: FED.yaml."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from honeloom.config.base import Config, LoadIn, ModelInput, RowsConfig, RowsInput
+from honeloom.federated.config import AggregationRule, SvdConfig
+from honeloom.tuning.config import AdamWConfig, Optimizer
+
+__all__ = ["ClientConfig", "FederateConfig", "PartitionConfig", "ServerConfig"]
+
+
+class PartitionConfig(Config):
+    """How one set of rows is split among simulated clients."""
+
+    type: Literal["iid", "dirichlet", "domain", "size"] = Field(
+        "iid", description="Alike parts; shares of every domain drawn; whole domains; or alike parts of falling size."
+    )
+    n: int = Field(ge=1, le=10_000, description="Clients.")
+    alpha: float = Field(0.5, gt=0, description="Of dirichlet: the smaller, the more clients differ.")
+    least: int = Field(8, ge=1, description="Of dirichlet: fewest rows of a client.")
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> PartitionConfig:
+        fields = type(self).model_fields
+        for name in ("alpha", "least"):
+            if self.type != "dirichlet" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is about type dirichlet; leave it out")
+        return self
+
+
+class ClientConfig(Config):
+    """One client: its rows, and when it takes part."""
+
+    id: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="Name, unique.")
+    rows: RowsInput = Field((), description="Its own rows; nobody else reads them.")
+    rank: int | dict[int, int] | None = Field(
+        None, description="Of its adapter; {1: 8, 3: 4} changes it from round 3 on. Default: as `ranks` say."
+    )
+    joins: int = Field(1, ge=1, description="First round it takes part in.")
+    leaves: int | None = Field(None, ge=1, description="First round it no longer takes part in.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClientConfig:
+        if self.leaves is not None and self.leaves <= self.joins:
+            raise ValueError(f"client {self.id!r} joins in round {self.joins} and leaves in {self.leaves}; leave later")
+        ranks = self.rank.values() if isinstance(self.rank, dict) else [self.rank or 1]
+        if any(r < 1 for r in ranks) or (isinstance(self.rank, dict) and min(self.rank, default=2) > 1):
+            raise ValueError(f"client {self.id!r}: a rank is 1 or more, and ranks by round begin with round 1")
+        return self
+
+    def rank_in(self, number: int, default: int) -> int:
+        """Its rank in a round, counted from 1."""
+        if not isinstance(self.rank, dict):
+            return self.rank or default
+        return self.rank[max(r for r in self.rank if r <= number)]
+
+    def takes_part(self, number: int) -> bool:
+        """Whether it is there in a round."""
+        return self.joins <= number and (self.leaves is None or number < self.leaves)
+
+
+class ServerConfig(Config):
+    """What the server does with an aggregated update before it becomes the new state."""
+
+    type: Literal["none", "momentum", "adam", "yogi", "adagrad"] = Field(
+        "none", description="momentum works on low-rank updates of any rule; the others on factors of one shape."
+    )
+    lr: float = Field(1.0, gt=0, description="Multiplies the step.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment, or of the momentum.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
+    tau: float = Field(1e-3, gt=0, description="Added to the root of the second moment.")
+
+
+class FederateConfig(RowsConfig):
+    """Tune a model on rows that stay with their clients."""
+
+    model: ModelInput = Field(description="The base model, which every client has.")
+    clients: tuple[ClientConfig, ...] = Field((), description="Clients with rows of their own.")
+    rows: RowsInput = Field((), description="Rows that `partition` splits among simulated clients.")
+    partition: PartitionConfig | None = Field(None, description="How `rows` are split.")
+    ranks: int | tuple[int, ...] = Field(8, description="One rank for all clients, or one for each, in their order.")
+    rounds: int = Field(3, ge=1, description="Rounds of local tuning and aggregation.")
+    local_steps: int = Field(20, ge=1, description="Optimizer steps of a client in a round.")
+    batch_size: int = Field(8, ge=1, description="Rows per step.")
+    lr: float = Field(2e-4, gt=0, description="Learning rate of the clients.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Of the learning rate, over the rounds: constant, or falling to a tenth."
+    )
+    optimizer: Optimizer = Field(default_factory=AdamWConfig, description="Of the clients; begins anew every round.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    proximal: float = Field(0.0, ge=0, description="FedProx: weight of half the squared distance from the start.")
+    scaffold: bool = Field(False, description="SCAFFOLD: correct clients' drift; with sgd and rules of one shape.")
+    targets: str | tuple[str, ...] = Field("all-linear", description="Modules with adapters.")
+    alpha: float | None = Field(None, gt=0, description="LoRA's alpha of a client of rank r; default: 2 r.")
+    aggregation: AggregationRule = Field(default_factory=SvdConfig, description="The rule, by name or with settings.")
+    start: Literal["warm", "reset"] | None = Field(
+        None, description="Where a round's adapters begin: at the aggregate, or anew beside it. Default: the rule's."
+    )
+    server: ServerConfig = Field(default_factory=ServerConfig, description="Optimizer of the server.")
+    weights: Literal["rows", "equal"] = Field("rows", description="Share of a client: by its rows, or the same.")
+    participation: float = Field(1.0, gt=0, le=1, description="Share of the clients that a round asks, at least one.")
+    quorum: float = Field(0.5, gt=0, le=1, description="Share of those asked without whom a round changes nothing.")
+    deadline: float = Field(3600.0, gt=0, description="Seconds after which a round no longer waits for replies.")
+    outlier: float = Field(
+        10.0, gt=1, description="An update whose norm is this many times the median of the others is refused."
+    )
+    max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
+    load_in: LoadIn = None
+    engine: Literal["inline"] = Field("inline", description="What carries the messages: this process.")
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> FederateConfig:
+        if bool(self.rows) != (self.partition is not None):
+            raise ValueError("rows and partition go together: rows to split, and how")
+        if not self.clients and self.partition is None:
+            raise ValueError("no clients; give clients with rows of their own, or rows and a partition")
+        ids = [client.id for client in self.clients]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"clients: the id {twice[0]!r} is given twice")
+        if self.partition is not None and (mine := [c.id for c in self.clients if c.rows]):
+            raise ValueError(f"client {mine[0]!r} has rows of its own, and partition splits rows; give one of them")
+        if self.partition is None and (none := [c.id for c in self.clients if not c.rows]):
+            raise ValueError(f"client {none[0]!r} has no rows; give it some, or use rows and a partition")
+        known = {f"client-{k}" for k in range(self.partition.n)} if self.partition is not None else set(ids)
+        if strange := [i for i in ids if i not in known]:
+            raise ValueError(
+                f"clients: {strange[0]!r} is none of the partition's (client-0 to client-{len(known) - 1})"
+            )
+        ranks = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
+        if any(r < 1 for r in ranks) or (not isinstance(self.ranks, int) and len(ranks) != len(known)):
+            raise ValueError(f"ranks: one number, or one for each of the {len(known)} clients, each 1 or more")
+        self._check_rule()
+        return self
+
+    def _check_rule(self) -> None:
+        """Refuse what the rule cannot do."""
+        rule, averages = self.aggregation.type, ("fedit", "ffa")
+        if self.scaffold and (self.optimizer.type != "sgd" or rule not in averages):
+            raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
+        if self.server.type in ("adam", "yogi", "adagrad") and rule not in averages:
+            raise ValueError(
+                f"server {self.server.type} works entry by entry on factors of one shape, and {rule} has none; use "
+                "momentum, or aggregation fedit or ffa"
+            )
+        allowed: dict[str, tuple[str, ...]] = {"flora": ("reset",), "svd": ("warm", "reset")}
+        if self.start is not None and self.start not in allowed.get(rule, ("warm",)):
+            raise ValueError(f"start {self.start}: {rule} goes on {' or '.join(allowed.get(rule, ('warm',)))}")
+
+    @property
+    def starts(self) -> Literal["warm", "reset"]:
+        """Where adapters begin, the rule's own where nothing was said."""
+        return self.start or ("reset" if self.aggregation.type == "flora" else "warm")
+
+    def members(self) -> tuple[ClientConfig, ...]:
+        """All clients in their order, those of the partition included; each with the rank of round 1 settled."""
+        given = {client.id: client for client in self.clients}
+        names = [f"client-{k}" for k in range(self.partition.n)] if self.partition is not None else list(given)
+        ranks = [self.ranks] * len(names) if isinstance(self.ranks, int) else list(self.ranks)
+        found = (given.get(name, ClientConfig(id=name)) for name in names)
+        return tuple(
+            client if client.rank is not None else client.model_copy(update={"rank": rank})
+            for client, rank in zip(found, ranks, strict=True)
+        )
+
+    def lr_in(self, number: int) -> float:
+        """Learning rate of a round, counted from 1."""
+        if self.schedule == "constant" or self.rounds == 1:
+            return self.lr
+        done = (number - 1) / (self.rounds - 1)
+        falling = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (0.1 + 0.9 * falling)

@@ -1,0 +1,112 @@
+"""The loop over rounds, and the engine that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from honeloom.errors import HoneloomError
+from honeloom.federated.client import ClientCore, stacked
+from honeloom.federated.messages import decode_task, encode
+from honeloom.federated.server import RoundRecord, ServerCore, ServerState
+from honeloom.federated.store import RoundStore
+
+__all__ = ["Engine", "InlineEngine", "Silence", "run_rounds"]
+
+MOST_EMPTY = 3
+"""Rounds in a row without a quorum after which a federation is given up."""
+
+
+class Silence(str):
+    """Why a client did not reply."""
+
+
+class Engine(Protocol):
+    """Carries tasks to clients and their replies back."""
+
+    def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
+        """Yield every reply that comes within `deadline` seconds, and why others did not."""
+
+    def restore(self, state: ServerState) -> None:
+        """Prepare clients for a federation that goes on from a state."""
+
+    def remember(self, state: ServerState) -> None:
+        """Put into the state what clients would otherwise lose with this process."""
+
+
+class InlineEngine:
+    """Clients of this process, one after the other; messages still take their form on the wire.
+
+    Parameters
+    ----------
+    clients : mapping
+        By id.
+    """
+
+    def __init__(self, clients: Mapping[str, ClientCore]) -> None:
+        self.clients = clients
+
+    def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
+        """Yield the replies in the order of the tasks; there is nothing to wait for."""
+        for name, data in tasks.items():
+            yield name, encode(self.clients[name].handle(decode_task(data)))
+
+    def restore(self, state: ServerState) -> None:
+        """Give clients the frozen additions that the server thinks they have."""
+        for name, version in state.held.items():
+            memory = self.clients[name].memory
+            memory.version, memory.frozen = version, {}
+            for increment in state.increments[:version]:
+                memory.frozen = stacked(memory.frozen, increment)
+            memory.control = dict(state.corrections.get(name, {}))
+
+    def remember(self, state: ServerState) -> None:
+        """SCAFFOLD's corrections."""
+        state.corrections = {name: dict(c.memory.control) for name, c in self.clients.items() if c.memory.control}
+
+
+def run_rounds(
+    server: ServerCore, engine: Engine, store: RoundStore, *, done: Callable[[RoundRecord], None] | None = None
+) -> None:
+    """Run the rounds that are not done yet; each is on disk before the next begins.
+
+    Parameters
+    ----------
+    server : ServerCore
+        Begins at its state.
+    engine : Engine
+        Carries messages.
+    store : RoundStore
+        Keeps what is needed to go on. Replies that were kept of an interrupted round are used again.
+    done : callable, optional
+        Told of every round.
+
+    Raises
+    ------
+    HoneloomError
+        Three rounds in a row had too few replies.
+    """
+    empty, first = 0, True
+    while server.state.round < server.config.rounds:
+        tasks = server.begin()
+        # A reply that was kept lacks what its client remembered with it.
+        for client, data in [] if server.config.scaffold else store.replies(server.state.round + 1):
+            if client in tasks and server.ingest(client, data) == "ok":
+                del tasks[client]
+        if first:
+            engine.restore(server.state)
+            first = False
+        for client, reply in engine.exchange(tasks, server.config.deadline):
+            if isinstance(reply, Silence):
+                server.fail(client, str(reply))
+            elif server.ingest(client, reply) == "ok":
+                store.keep_reply(server.state.round + 1, client, reply)
+        record = server.finish()
+        engine.remember(server.state)
+        store.save(server.state, record)
+        if done is not None:
+            done(record)
+        empty = 0 if record.applied else empty + 1
+        if empty == MOST_EMPTY:
+            reasons = "; ".join(f"{c.id}: {c.reason or c.status}" for c in record.clients if c.status != "ok")
+            raise HoneloomError(f"{MOST_EMPTY} rounds in a row had too few replies ({reasons}); nothing is left to do")

@@ -1,0 +1,363 @@
+"""The server's side of a round: who is asked, what they are sent, what is accepted, and what becomes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from honeloom.errors import HoneloomError, IncompatibleModelsError, MessageError
+from honeloom.federated.aggregation.exactness import error_norms
+from honeloom.federated.aggregation.warm import whole
+from honeloom.federated.client import fresh_factors, split_shared, stacked
+from honeloom.federated.continuation import Continuation, continuation_of
+from honeloom.federated.federate_config import ClientConfig, FederateConfig
+from honeloom.federated.messages import Factors, Manifest, TrainReply, TrainTask, decode_reply, encode
+from honeloom.federated.server_optimizer import ServerOptimizer
+from honeloom.ops.lowrank import product_norm, stack_factors
+from honeloom.ops.noise import keyed_uniform
+from honeloom.registry import family
+from honeloom.types.updates import Combined, Part
+
+__all__ = ["ClientRecord", "RoundRecord", "ServerCore", "ServerState"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+FEWEST_TO_JUDGE = 3
+"""Updates from which on one of them can be called an outlier."""
+
+
+@dataclass(slots=True)
+class ClientRecord:
+    """What a round had of a client; status is ok, late, rejected or absent."""
+
+    id: str
+    rank: int
+    status: str = "absent"
+    reason: str | None = None
+    rows: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    lr: float = 0.0
+    norm: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """What a round did.
+
+    Attributes
+    ----------
+    round : int
+        From 1.
+    applied : bool
+        False where too few clients replied in time: nothing changed.
+    error : float or None
+        Relative error of the aggregate, over all modules; None where nothing was aggregated.
+    errors : dict
+        The same by module.
+    rank : int
+        Largest rank of what was aggregated.
+    sha256 : str
+        Of the state after the round.
+    """
+
+    round: int
+    clients: list[ClientRecord]
+    applied: bool = False
+    error: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    rank: int = 0
+    seconds: float = 0.0
+    sha256: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of rounds.jsonl."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class ServerState:
+    """All that a server must remember between rounds.
+
+    Attributes
+    ----------
+    round : int
+        Rounds that are done.
+    shared : dict
+        Where clients begin, by module, scale 1; empty before the first round and where they begin anew.
+    increments : list of dict
+        Frozen additions, one entry per version, scale 1.
+    control : dict
+        SCAFFOLD's correction of the server.
+    moments : dict
+        Of the server's optimizer.
+    held : dict
+        Which version of the frozen additions every client has.
+    corrections : dict
+        SCAFFOLD's corrections of clients that live in the server's process.
+    """
+
+    round: int = 0
+    shared: dict[str, Pair] = field(default_factory=dict)
+    increments: list[dict[str, Pair]] = field(default_factory=list)
+    control: dict[str, Pair] = field(default_factory=dict)
+    moments: dict[str, Pair] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    corrections: dict[str, dict[str, Pair]] = field(default_factory=dict)
+
+    def total(self) -> dict[str, Pair]:
+        """The whole update of the base so far, as stacked factors."""
+        found = dict(self.shared)
+        for increment in self.increments:
+            found = stacked(found, increment)
+        return found
+
+    def sha256(self) -> str:
+        """Of the whole update: module names, shapes and bytes."""
+        digest = hashlib.sha256()
+        for module, pair in sorted(self.total().items()):
+            for tensor in pair:
+                digest.update(f"{module}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class ServerCore:
+    """One federation's server, whatever carries its messages.
+
+    Parameters
+    ----------
+    config : FederateConfig
+        Settings.
+    experiment : str
+        Names the federation; replies of another are refused.
+    modules : mapping
+        Shape (m, n) of every module with an adapter.
+    state : ServerState, optional
+        Where to go on.
+    """
+
+    def __init__(
+        self, config: FederateConfig, experiment: str, modules: Mapping[str, tuple[int, int]],
+        state: ServerState | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.experiment = experiment
+        self.modules = dict(sorted(modules.items()))
+        self.state = state or ServerState()
+        self.members = {client.id: client for client in config.members()}
+        self.how: Continuation = continuation_of(config)
+        self._rule: Callable[..., Combined] = family("aggregation").load(config.aggregation.type)
+        self._settings = config.aggregation.model_dump(exclude={"type"}, exclude_none=True)
+        self._optimizer = ServerOptimizer(config.server)
+        self._replies: dict[str, TrainReply] = {}
+        self._record: RoundRecord | None = None
+
+    def begin(self) -> dict[str, bytes]:
+        """Begin the next round: the tasks of the clients that are asked, as bytes."""
+        number = self.state.round + 1
+        there = [client for client in self.members.values() if client.takes_part(number)]
+        count = max(1, math.ceil(self.config.participation * len(there) - 1e-9)) if there else 0
+        draws = keyed_uniform(self.config.seed, f"federated/asked/{number}", [c.id for c in there])
+        asked = {there[i].id for i in sorted(range(len(there)), key=lambda i: (draws[i], there[i].id))[:count]}
+        self._replies = {}
+        self._record = RoundRecord(
+            number, [ClientRecord(c.id, self.rank(c), lr=self.config.lr_in(number)) for c in there if c.id in asked]
+        )
+        tasks = {record.id: encode(self._task(record)) for record in self._record.clients}
+        for record in self._record.clients:
+            record.bytes_down = len(tasks[record.id])
+        return tasks
+
+    def rank(self, client: ClientConfig) -> int:
+        """A client's rank in the round that is next."""
+        return client.rank_in(self.state.round + 1, 8)
+
+    def _task(self, record: ClientRecord) -> TrainTask:
+        config, version = self.config, len(self.state.increments)
+        since = min(self.state.held.get(record.id, 0), version)
+        frozen: dict[str, Pair] = {}
+        for increment in self.state.increments[since:]:
+            frozen = stacked(frozen, increment)
+        return TrainTask(
+            self.experiment, self.state.round + 1, record.id, record.rank, self._alpha(record.rank), self.how.start,
+            self.how.trains(self.state.round + 1), self.how.alike, since, version,
+            settings={
+                "steps": config.local_steps, "batch_size": config.batch_size, "lr": record.lr, "seed": config.seed,
+                "optimizer": config.optimizer.model_dump(), "max_grad_norm": config.max_grad_norm,
+                "proximal": config.proximal, "scaffold": config.scaffold,
+            },
+            shared=self._download(record.rank), frozen=frozen, control=self.state.control,
+        )  # fmt: skip
+
+    def _download(self, rank: int) -> dict[str, Pair]:
+        """Shared factors as a client needs them: all columns, or no more than it trains."""
+        if self.how.start == "carry":
+            return self.state.shared
+        return {name: (b[:, :rank].contiguous(), a[:rank].contiguous()) for name, (b, a) in self.state.shared.items()}
+
+    def _alpha(self, rank: int) -> float:
+        return self.config.alpha if self.config.alpha is not None else 2.0 * rank
+
+    def ingest(self, client: str, data: bytes) -> str:
+        """Take a reply; returns its status, and the record says why it was refused. The first sound one counts."""
+        record = self._of(client)
+        if record is None or client in self._replies:
+            return "late"
+        record.bytes_up += len(data)
+        try:
+            manifest = Manifest.of(self.modules, record.rank, control=self.config.scaffold)
+            reply = decode_reply(data, manifest)
+            self._check(record, reply)
+        except MessageError as error:
+            return self._refuse(record, str(error))
+        if reply.round != self.state.round + 1:
+            record.status, record.reason = "late", f"a reply of round {reply.round}"
+            return "late"
+        if reply.error is not None:
+            self.state.held[client] = 0
+            return self._refuse(record, f"the client could not train: {reply.error[:500]}")
+        self.state.held[client] = reply.version
+        self._replies[client] = reply
+        record.status, record.reason, record.rows = "ok", None, reply.rows
+        record.norm = self._norm(record, reply)
+        for name in ("loss_before", "loss_after", "seconds"):
+            setattr(record, name, reply.metrics.get(name))
+        return "ok"
+
+    def fail(self, client: str, reason: str, *, status: str = "absent") -> None:
+        """Note that a client did not reply, and why."""
+        record = self._of(client)
+        if record is not None and client not in self._replies:
+            record.status, record.reason = status, reason
+
+    def _of(self, client: str) -> ClientRecord | None:
+        clients = self._record.clients if self._record else []
+        return next((record for record in clients if record.id == client), None)
+
+    def _refuse(self, record: ClientRecord, reason: str) -> str:
+        record.status, record.reason = "rejected", reason
+        return "rejected"
+
+    def _check(self, record: ClientRecord, reply: TrainReply) -> None:
+        if reply.experiment != self.experiment:
+            raise MessageError(f"reply: of another federation ({reply.experiment[:40]!r})")
+        if reply.client != record.id:
+            raise MessageError(f"reply: {record.id} answered as {reply.client[:64]!r}")
+        for module, pair in reply.factors.items():
+            if not all(bool(torch.isfinite(t).all()) for t in pair):
+                raise MessageError(f"reply: the factors of {module!r} hold NaN or infinity")
+        if reply.error is None and reply.rows < 1:
+            raise MessageError("reply: it has no rows")
+
+    def _begun(self, record: ClientRecord) -> tuple[dict[str, Pair], dict[str, Pair]]:
+        """What a client began with, as it computed it: trained factors, and what it kept frozen beside them."""
+        scale = self._alpha(record.rank) / record.rank
+        if self.how.start == "fresh" or not self.state.shared:
+            name = "shared" if self.how.alike else f"{record.id}/{self.state.round + 1}"
+            return fresh_factors(self.modules, record.rank, self.config.seed, name), {}
+        shared = self._download(record.rank)
+        return split_shared(shared, self.modules, record.rank, scale, keep=self.how.start == "carry")
+
+    def _norm(self, record: ClientRecord, reply: TrainReply) -> float:
+        """Frobenius norm of what the client changed, over all modules."""
+        scale = self._alpha(record.rank) / record.rank
+        begun, _ = self._begun(record)
+        squares = [
+            product_norm(*stack_factors([(*pair, scale), (*begun[module], -scale)])) ** 2
+            for module, pair in reply.factors.items()
+        ]
+        return math.sqrt(math.fsum(squares))
+
+    def finish(self) -> RoundRecord:
+        """Aggregate what came; the next round is due whether or not it sufficed."""
+        record = self._record
+        assert record is not None  # a round was begun
+        self._refuse_outliers(record)
+        came = [self._replies[r.id] for r in record.clients if r.status == "ok"]
+        if came and len(came) >= self.config.quorum * len(record.clients):
+            self._aggregate(record, [r for r in record.clients if r.status == "ok"], came)
+            record.applied = True
+        self.state.round += 1
+        record.sha256 = self.state.sha256()
+        self._record = None
+        return record
+
+    def _refuse_outliers(self, record: RoundRecord) -> None:
+        ok = [r for r in record.clients if r.status == "ok" and r.norm is not None]
+        if len(ok) < FEWEST_TO_JUDGE:
+            return
+        norms = {r.id: r.norm or 0.0 for r in ok}
+        for r in ok:
+            middle = statistics.median(norm for name, norm in norms.items() if name != r.id)
+            if norms[r.id] > self.config.outlier * middle:
+                self._refuse(
+                    r, f"norm {norms[r.id]:.3g} of its update is over {self.config.outlier:g} times {middle:.3g}"
+                )
+
+    def _aggregate(self, record: RoundRecord, clients: Sequence[ClientRecord], replies: Sequence[TrainReply]) -> None:
+        rows = [1 if self.config.weights == "equal" else reply.rows for reply in replies]
+        shares = [n / sum(rows) for n in rows]
+        rests = [self._begun(client)[1] for client in clients]
+        combined, squares = {}, [0.0, 0.0]
+        for module, (m, n) in self.modules.items():
+            none = (torch.zeros(m, 0), torch.zeros(0, n))
+            parts = [
+                _part(reply.factors[module], rest.get(module, none), self._alpha(c.rank) / c.rank, share)
+                for c, reply, rest, share in zip(clients, replies, rests, shares, strict=True)
+            ]
+            try:
+                combined[module] = self._rule(parts, **self._settings)
+            except IncompatibleModelsError as error:
+                raise HoneloomError(f"round {record.round}, module {module}: {error}") from None
+            norms = error_norms(combined[module], parts, seed=self.config.seed)
+            record.errors[module] = norms.relative
+            squares = [squares[0] + norms.difference**2, squares[1] + norms.target**2]
+            record.rank = max(record.rank, whole(combined[module])[0].shape[1])
+        record.error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+        self._move(combined)
+        self._correct(replies, len([c for c in self.members.values() if c.takes_part(record.round)]))
+
+    def _move(self, combined: Mapping[str, Combined]) -> None:
+        """Take the aggregate over as the new state, through the server's optimizer."""
+        state = self.state
+        if self.how.start == "fresh":
+            step = {module: whole(c) for module, c in combined.items()}
+            state.increments.append(_float(self._optimizer.step(None, step, state.moments)))
+            return
+        old = state.shared or fresh_factors(self.modules, self._largest(), self.config.seed, "shared")
+        new = {module: (c.b, c.a) for module, c in combined.items()}
+        state.shared = _float(self._optimizer.step(old, new, state.moments))
+        residual = {module: c.residual for module, c in combined.items() if c.residual is not None}
+        if residual:
+            state.increments.append(_float(residual))
+
+    def _largest(self) -> int:
+        return max(self.rank(client) for client in self.members.values())
+
+    def _correct(self, replies: Sequence[TrainReply], clients: int) -> None:
+        """SCAFFOLD: c moves by the sum of the clients' changes over the number of all clients."""
+        for reply in replies:
+            for module, (b, a) in reply.control.items():
+                old = self.state.control.get(module, (torch.zeros_like(b), torch.zeros_like(a)))
+                self.state.control[module] = (old[0] + b / clients, old[1] + a / clients)
+
+
+def _part(trained: Pair, rest: Pair, scale: float, share: float) -> Part:
+    """A client's update beside what is frozen for everybody: what it trained, and what it kept of the aggregate."""
+    b, a = trained[0].float(), trained[1].float()
+    if not rest[0].shape[1]:
+        return Part(b, a, scale, share)
+    return Part(torch.cat([b * scale, rest[0]], dim=1), torch.cat([a, rest[1]], dim=0), 1.0, share)
+
+
+def _float(pairs: Factors) -> dict[str, Pair]:
+    return {module: (b.float().contiguous(), a.float().contiguous()) for module, (b, a) in pairs.items()}

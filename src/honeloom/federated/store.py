@@ -1,0 +1,105 @@
+"""What a federation keeps on disk, so that it can go on after a kill: the state after every round, and replies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from honeloom.checkpoint.headers import read_header
+from honeloom.checkpoint.reader import Checkpoint
+from honeloom.federated.server import RoundRecord, ServerState
+from honeloom.runs.atomic import write_bytes
+from honeloom.runs.journal import Journal, read_journal
+
+__all__ = ["RoundStore"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+ROUNDS = "rounds.jsonl"
+STATE = ".state"
+
+
+class RoundStore:
+    """Files of one federation below a folder: `rounds.jsonl` stays, `.state` is scratch.
+
+    A round is done once its line stands in rounds.jsonl; its state was written before.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the output.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scratch = folder / STATE
+        self.scratch.mkdir(exist_ok=True)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Lines of the rounds that are done."""
+        return list(read_journal(self.folder / ROUNDS))
+
+    def load(self) -> ServerState:
+        """The state after the last round that is done."""
+        done = len(self.records())
+        return self._read(self.scratch / f"state-{done:06}.safetensors") if done else ServerState()
+
+    def save(self, state: ServerState, record: RoundRecord) -> None:
+        """Make a round done; what only the rounds before it needed is removed."""
+        path = self.scratch / f"state-{state.round:06}.safetensors"
+        write_bytes(path, _packed(state))
+        with Journal(self.folder / ROUNDS) as journal:
+            journal.append(record.to_json())
+        for old in self.scratch.iterdir():
+            if old != path:
+                old.unlink()
+
+    def keep_reply(self, number: int, client: str, data: bytes) -> None:
+        """Keep a reply of a round that is not done."""
+        write_bytes(self.scratch / f"reply-{number:06}-{client}.safetensors", data)
+
+    def replies(self, number: int) -> Iterator[tuple[str, bytes]]:
+        """Replies that were kept, by client."""
+        head = f"reply-{number:06}-"
+        for path in sorted(self.scratch.glob(f"{head}*.safetensors")):
+            yield path.name.removeprefix(head).removesuffix(".safetensors"), path.read_bytes()
+
+    def _read(self, path: Path) -> ServerState:
+        plain = json.loads(read_header(path).metadata["state"])
+        with Checkpoint(path.parent, [path]) as file:
+            state = ServerState(plain["round"], held=plain["held"])
+            state.increments = [{} for _ in range(plain["versions"])]
+            pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+            for name in file.names():
+                group, module, factor = name.split("!")
+                pairs.setdefault((group, module), {})[factor] = file.read(name)
+        for (group, module), pair in pairs.items():
+            found = (pair["b"], pair["a"])
+            if group.startswith("increment-"):
+                state.increments[int(group.removeprefix("increment-"))][module] = found
+            elif group.startswith("correction-"):
+                state.corrections.setdefault(group.removeprefix("correction-"), {})[module] = found
+            else:
+                getattr(state, group)[module] = found
+        return state
+
+
+def _packed(state: ServerState) -> bytes:
+    groups: dict[str, Mapping[str, Pair]] = {
+        "shared": state.shared, "control": state.control, "moments": state.moments,
+        **{f"increment-{k}": increment for k, increment in enumerate(state.increments)},
+        **{f"correction-{name}": pairs for name, pairs in state.corrections.items()},
+    }  # fmt: skip
+    tensors = {
+        f"{group}!{module}!{factor}": tensor.contiguous().clone()
+        for group, pairs in groups.items()
+        for module, pair in pairs.items()
+        for factor, tensor in zip("ba", pair, strict=True)
+    }
+    plain = {"round": state.round, "held": state.held, "versions": len(state.increments)}
+    data: bytes = save(tensors, metadata={"state": json.dumps(plain, sort_keys=True)})
+    return data

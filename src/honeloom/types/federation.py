@@ -1,0 +1,70 @@
+"""What a federated client asks of the model it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LocalJob", "LocalPort", "LocalResult", "Pairs"]
+
+Pairs = Mapping[str, "tuple[Tensor, Tensor]"]
+"""Module -> b (m, r) and a (r, n)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalJob:
+    """A few steps of one client in one round.
+
+    Attributes
+    ----------
+    client : str
+        Whose rows.
+    start : mapping
+        The adapter's factors to begin with, by module; the update they stand for is scale * b @ a.
+    scale : float
+        Of the adapter.
+    frozen : mapping
+        Additions to the base by module, with scale 1, that are not trained.
+    trains : {"both", "a", "b"}
+        Which factors change.
+    settings : mapping
+        `steps`, `batch_size`, `lr`, `optimizer`, `max_grad_norm`, `proximal`.
+    correction : mapping
+        Added to every gradient, by module (SCAFFOLD's c - c_i).
+    order : str
+        Names the order in which rows are gone through, with `seed`.
+    """
+
+    client: str
+    start: Pairs
+    scale: float
+    frozen: Pairs
+    trains: Literal["both", "a", "b"]
+    settings: Mapping[str, Any]
+    seed: int
+    order: str
+    correction: Pairs = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalResult:
+    """The adapter after the steps, and losses in nats per token before and after on some of the client's rows."""
+
+    factors: Pairs
+    metrics: Mapping[str, float]
+
+
+class LocalPort(Protocol):
+    """The base model of one or more clients, resident, and their rows."""
+
+    modules: Mapping[str, tuple[int, int]]
+
+    def rows(self, client: str) -> int:
+        """How many rows of a client can be trained on."""
+
+    def train(self, job: LocalJob) -> LocalResult:
+        """Train an adapter for some steps; the base is as before afterwards."""
