@@ -309,8 +309,8 @@ What goes with these misses. Figures that no table holds were measured aside, on
 - Macro loss in the lab, measured: from the same entropies (domains at depth 0.1, five seeds, the same share of every
   pseudo-domain), rows drawn with weights exp(factor x rank) teach the less, the larger the factor: factor -2, which
   prefers sure rows, +0.2% of random's loss, 0 +2.7%, 0.5 +3.5%, 1 +4.4%, 2 +5.2%, the highest alone +9%; each within
-  about 5%. So here unsure rows teach less than sure ones, and no draw that prefers them can be level with random. Part
-  of the pool answers wrongly, on purpose; that this is the cause is supposed. The bands say the same (POOLS.md): the
+  about 5%, so that neighbouring figures are not told apart. What is seen is that unsure rows do not teach more. Part of
+  the pool answers wrongly, on purpose; that this is the cause is supposed. The bands say the same (POOLS.md): the
   typical rows of a domain are the best ones.
 - Log words: logarithmic counts without words of one row suit these sources, whose wording differs; with 21 domains set,
   the model's states are level with them from depth 0.5 on and ahead at 0.75.

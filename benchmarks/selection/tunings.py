@@ -142,7 +142,10 @@ def choose(setting: Setting, out: Path, method: dict[str, Any], seed: int = 0, *
 
 def kept(out: Path, name: str, make: Callable[[], Any]) -> Any:
     """What a part of a benchmark found, made once."""
-    path = out / f"part-{name}.json"
+    # Of the package's own code: what an older one found is not shown as this one's.
+    sources = sorted(Path(honeloom.__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    path = out / f"part-{name}-{code}.json"
     if not path.exists():
         path.write_text(json.dumps({"found": make()}))
     return json.loads(path.read_text())["found"]

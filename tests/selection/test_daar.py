@@ -140,7 +140,7 @@ def test_one_domain_is_refused(tmp_path):
     assert run(band, table(), by="domain", axis="intra")[0].details["domains"] == {"(none)": 260}
     with pytest.raises(RowsError, match="none of the 2 rows has a vector"):
         run(daar, [chat_row(f"empty-{i}-0", "q", "a") for i in range(2)])
-    with pytest.raises(RowsError, match="folds need"):
+    with pytest.raises(RowsError, match="too few for a probe"):
         run(daar, table(3, 0), clusters=2)
 
 

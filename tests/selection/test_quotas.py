@@ -39,6 +39,7 @@ def take(amount, *, unit="rows", share=None, first=(), tokens=None):
         (4, {"z": "0.5"}, "abch"),  # z has one row: the other place goes to rows without a quota
         (8, {"x": "0.5", "y": "0.5"}, "abcdefgh"),  # y has three rows
         (5, {"y": "0.1"}, "abcde"),  # half a row is rounded up
+        (5, {"x": "0.1", "y": "0.1", "z": "0.1"}, "aeij"),  # 1.5 rows of all quotas are 2, not 3
     ],
 )
 def test_quotas_by_hand(amount, share, kept):

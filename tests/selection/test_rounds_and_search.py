@@ -12,7 +12,7 @@ from honeloom.config.base import validate
 from honeloom.errors import ConfigError, RowsError
 from honeloom.selection.band import band
 from honeloom.selection.config import SelectConfig, TfidfEmbedding, UtilityConfig
-from honeloom.selection.daar import daar
+from honeloom.selection.daar import daar, drawn_keys
 from honeloom.selection.daar_config import RoundTuning
 from honeloom.selection.probe import cross_fit
 from honeloom.selection.vectors import unit_blocks
@@ -244,7 +244,7 @@ def test_a_search_without_a_target_holds_rows_out_and_takes_them_last():
 def test_a_search_needs_an_evaluation_of_every_band():
     with pytest.raises(ConfigError, match="budget 10: a search tunes on 10 bands and on random rows, 11 evaluations"):
         search(table(), lambda row: 1.0, table(20, "t"), budget=10)
-    with pytest.raises(RowsError, match="could not be tuned"):
+    with pytest.raises(RowsError, match="no round of tunings on all bands succeeded"):
         search(table(), lambda row: math.nan, table(20, "t"))
 
 
@@ -258,3 +258,73 @@ def test_a_search_through_the_door(tmp_path):
     assert report.details["evaluations"] == 6
     assert {one["band"] for one in report.details["band_curve"]} == {f"{x}-{x + 20}" for x in range(0, 100, 20)}
     assert report.verification and all(check.passed for check in report.verification)
+
+
+def test_a_band_that_failed_cannot_win_by_its_other_tunings():
+    calls = []
+
+    class Failing(FakeUtility):
+        def evaluate(self, coalition, repeat):
+            calls.append((tuple(coalition), repeat))
+            if repeat == 1 and 3 in coalition:
+                raise RuntimeError("out of memory")
+            return super().evaluate(coalition, repeat) + (100.0 if repeat == 1 else 0.0)
+
+    data, _, warned = open_data(
+        table(),
+        target=FakeRows(table(20, "t")),
+        wanted=40,
+        open_utility=lambda p, dev, how: Failing(p, lambda row: 1.0),
+    )
+    scores = band(data, band="search", clusters=KINDS)
+    assert any("1 of 33 evaluations failed" in text and "out of memory" in text for text in warned)
+    assert {one["evaluations"] for one in scores.details["band_curve"]} == {2}
+    assert max(one["value"] for one in scores.details["band_curve"]) < 100
+
+
+def test_rows_that_all_ask_the_same_are_not_tuned_on_what_scores_them():
+    rows = [chat_row(f"r-{i % KINDS}-{i:04}", "the very same question here", "a") for i in range(60)]
+    with pytest.raises(RowsError, match="give rows to score on"):
+        search(rows, lambda row: 1.0)
+
+
+def test_a_search_over_many_rows_compares_a_part_of_each_band(monkeypatch):
+    monkeypatch.setattr("honeloom.selection.band.MOST_ROWS", 10)
+    _, opened, _ = search(table(), lambda row: 1.0, table(20, "t"))
+    assert all(len(player) == 10 for player in opened[0][0])
+
+
+def test_domains_that_no_row_is_of_have_no_row_to_stand_for_them(probe_file):
+    rows = [row for row in table() if row.id.split("-")[1] != "2"]
+    data, _, warned = open_data(rows)
+    scores = daar(data, clusters=KINDS, probe_rows=str(probe_file), embedding=CLEAR, depth=1.0)
+    assert any("of 1 domains of the probe rows" in text for text in warned)
+    assert None in scores.clusters["proxy_id"] and 0 in scores.clusters["size"]
+
+
+def test_a_label_without_vectors_is_no_domain():
+    rows = [chat_row(row.id, row.prompt, "a", source="empty" if i < 5 else "full") for i, row in enumerate(table(60))]
+
+    def embed(rows, how):
+        found = vectors_of(rows.ids, 0.2)
+        found[:5] = 0.0
+        return found
+
+    data, _, _ = open_data(rows, embed=embed)
+    scores = band(data, by="source", axis="intra")
+    assert scores.clusters["name"] == ["full"] and scores.details["dropped_domains"] == ["empty"]
+
+
+def test_equal_entropies_are_drawn_alike():
+    ids, labels = [f"r{i:03}" for i in range(200)], np.zeros(200, dtype=np.int64)
+    late = [
+        np.mean([i >= 100 for i in np.argsort(-drawn_keys(np.zeros(200), labels, ids, 3.0, seed))[:50]])
+        for seed in range(40)
+    ]
+    assert abs(np.mean(late) - 0.5) < 0.04
+
+
+@pytest.mark.parametrize("more", [{"quota": {"a": "10%"}}, {"must_keep": "x.txt"}])
+def test_rounds_and_what_changes_the_choice_afterwards_are_refused_together(more):
+    with pytest.raises(ConfigError, match="leave quota and must_keep out"):
+        validate(SelectConfig, {"rows": "x", "model": "m", "method": {"type": "daar", "rounds": 2}, **more}, what="t")

@@ -31,6 +31,8 @@ Axis = Literal["inter", "intra"]
 EMBEDDING, UTILITY = HiddenEmbedding(depth=EARLY), UtilityConfig()
 WIDTH = 20
 """Percentiles of a band that is searched for, as in the paper."""
+MOST_ROWS = 2000
+"""Rows of a band that a search tunes on at most: bands are compared, not exhausted."""
 REPEATS = 3
 """Tunings on every band, where no budget is set."""
 
@@ -103,6 +105,8 @@ def band(
     Ling et al. 2025, arXiv:2502.04380, section 3.
     """
     config = BandConfig(axis=axis, band=band, by=by, clusters=clusters, embedding=embedding, utility=utility)
+    if config.searches:
+        _check_budget(data.budget, 100 // WIDTH * (2 if axis is None else 1))
     vectors = data.embed(data.rows, config.embedding)
     if not (inverse_lengths(vectors) > 0).any():
         raise RowsError(f"band: none of the {len(data.rows)} rows has a vector; use another embedding")
@@ -129,9 +133,18 @@ def band(
         columns={**columns, "percentile": finite_or_none(places[chosen.axis])}, order=chosen.order.tolist(),
         clusters=domain_table(data.rows.ids, domains, phi, columns["phi_intra"]),
         details={
-            **domain_details(data.rows, vectors, domains), "axis": chosen.axis, "band": chosen.name, **details,
+            **domain_details(data.rows, vectors, domains), "by": by, "axis": chosen.axis, "band": chosen.name,
+            **details,
         },
     )  # fmt: skip
+
+
+def _check_budget(budget: int | None, bands: int) -> None:
+    if budget is not None and budget < bands + 1:
+        raise ConfigError(
+            f"budget {budget}: a search tunes on {bands} bands and on random rows, {bands + 1} evaluations at least; "
+            "raise --budget, or give one axis"
+        )
 
 
 def _axes(config: BandConfig, domains: int, rows: int) -> list[Axis]:
@@ -165,23 +178,24 @@ def _search(
 ) -> tuple[_Pool, dict[str, Any], npt.NDArray[np.bool_]]:
     """The pool whose rows teach best what the target asks, what was measured, and the rows that were held out."""
     dev = development(data, config.utility, "band")
-    aside = dev.held_out | dev.alike
-    pools = [_pool(data, axis, f"{x}-{x + WIDTH}", places[axis], aside) for axis in axes for x in range(0, 100, WIDTH)]
+    aside = dev.held_out | dev.alike  # neither is tuned on; what asks the same may be chosen
+    bands = [f"{x}-{x + WIDTH}" for x in range(0, 100, WIDTH)]
+    pools = [_pool(data, axis, name, places[axis], dev.held_out) for axis in axes for name in bands]
     usable = int((~aside).sum())
-    count = min(data.wanted or usable, max(1, usable * WIDTH // 100))
-    drawn = np.lexsort((keyed_uniform(data.seed, "band/random", data.rows.ids), aside))
-    sets = [*(pool.order[:count] for pool in pools), drawn[:count]]
+    if usable < len(bands):
+        raise RowsError(
+            f"band: {usable} of {len(aside)} rows neither score tunings nor repeat one that does, too few to compare "
+            "bands; give rows to score on (--target)"
+        )
+    count = min(data.wanted or usable, usable * WIDTH // 100, MOST_ROWS)
+    drawn = np.argsort(keyed_uniform(data.seed, "band/random", data.rows.ids), kind="stable")
+    sets = [order[~aside[order]][:count] for order in (*(pool.order for pool in pools), drawn)]
     wanted = {int(i) for members in sets for i in members}
     rows = {i: row for i, row in enumerate(data.rows) if i in wanted}
     settings = config.utility
     if settings.steps is None:
         settings = settings.model_copy(update={"steps": math.ceil(count / settings.batch_size)})
     budget = data.budget or REPEATS * len(sets)
-    if budget < len(sets):
-        raise ConfigError(
-            f"budget {budget}: a search tunes on {len(pools)} bands and on random rows, {len(sets)} evaluations at "
-            "least; raise --budget, or give one axis"
-        )
     repeats = budget // len(sets)
     data.say(
         f"band: {len(sets)} sets of {count} rows, each tuned on {repeats} times for {settings.steps} steps of "
@@ -190,11 +204,14 @@ def _search(
     port = data.open_utility([[rows[int(i)] for i in members] for members in sets], dev.rows, settings)
     with data.open_evaluations(port.fingerprint, budget) as (ledger, executor):
         game = Game(port, len(sets), budget=budget, seed=data.seed, executor=executor or Inline(), ledger=ledger)
-        values = game.evaluate(np.tile(np.eye(len(sets), dtype=bool), (repeats, 1))).reshape(repeats, len(sets))
-    if not np.isfinite(values[:, : len(pools)]).any():
-        raise RowsError("band: the model could not be tuned on any band's rows, or not scored; see the warnings")
-    found = [_measured(column) for column in values.T]
-    best = max(range(len(pools)), key=lambda k: (found[k]["value"] is not None, found[k]["value"] or 0.0, -k))
+        values = np.array([game.evaluate(np.eye(len(sets), dtype=bool)) for _ in range(repeats) if game.remaining])
+    if game.failed:
+        data.warn(f"band: {game.failed} of {game.spent} evaluations failed. The first: {game.first_error}")
+    whole = values[np.isfinite(values).all(axis=1)]  # bands are compared over the same draws of order
+    if not len(whole):
+        raise RowsError(f"band: no round of tunings on all bands succeeded. The first failure: {game.first_error}")
+    found = [_measured(column) for column in whole.T]
+    best = max(range(len(pools)), key=lambda k: (found[k]["value"], -k))
     curve = [
         {"axis": p.axis, "band": p.name, **one, "chosen": k == best}
         for k, (p, one) in enumerate(zip(pools, found, strict=False))

@@ -116,7 +116,7 @@ class _Room:
         self._cost, self._left, self._budget, self._unit = cost, budget, budget, unit
         self._group: Sequence[str | None] = quotas.group if quotas else [None] * len(cost)
         shares = quotas.share if quotas else {}
-        self._quota = {name: _half_up(share * budget) for name, share in shares.items()}
+        self._quota = _allotted(shares, budget)
 
     def take(self, i: int, *, always: bool = False) -> None:
         """Keep a row if it fits, or `always`."""
@@ -145,6 +145,16 @@ class _Room:
     def release(self) -> None:
         """Give what groups have not used to the rows without a quota."""
         self._quota = dict.fromkeys(self._quota, 0)
+
+
+def _allotted(shares: Mapping[str, Decimal], budget: int) -> dict[str, int]:
+    """Whole numbers that together are the rounded sum of the shares; the largest remainders are rounded up."""
+    exact = {name: share * budget for name, share in shares.items()}
+    found = {name: int(amount) for name, amount in exact.items()}
+    left = min(budget, _half_up(sum(exact.values(), Decimal(0)))) - sum(found.values())
+    for name in sorted(exact, key=lambda n: (found[n] - exact[n], n))[:left]:
+        found[name] += 1
+    return found
 
 
 def _half_up(exact: Decimal) -> int:

@@ -470,6 +470,8 @@ class SelectConfig(RowsConfig):
             raise ValueError(
                 f"quota: the shares make {sum(self.quota.values()) * 100:f}%; together they are at most 100%"
             )
+        if getattr(self.method, "rounds", 1) > 1 and (self.quota or self.must_keep):
+            raise ValueError("rounds tune on what the method alone would keep; leave quota and must_keep out of them")
         if self.quota_by != "domain" and not self.quota:
             raise ValueError("quota_by says what the groups of quota are; give quota, or leave it out")
         if self.overlap != "refuse" and not self.target:

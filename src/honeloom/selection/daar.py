@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 from honeloom.data.overlap import question_digest, question_digests
 from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
-from honeloom.selection.band import percentiles
 from honeloom.selection.config import Embedding, HiddenEmbedding
 from honeloom.selection.daar_config import EARLY, DaarConfig, RoundTuning
 from honeloom.selection.domain_tables import domain_columns, domain_details, domain_table, finite_or_none
@@ -153,6 +153,11 @@ def _domains(data: SelectionData, config: DaarConfig) -> _Found:
     taught_labels = domains.labels if taught else np.zeros(0, dtype=np.int64)
     if taught:
         domains = replace(domains, labels=nearest(vectors, domains.centroids))
+        absent = [name for k, name in enumerate(domains.names) if not (domains.labels == k).any()]
+        if absent:
+            data.warn(
+                f"daar: no row to choose from is of {len(absent)} domains of the probe rows ({', '.join(absent)})"
+            )
     return _Found(path, domains, vectors, given, taught, taught_labels, told)
 
 
@@ -194,6 +199,7 @@ def _read(data: SelectionData, config: DaarConfig, found: _Found) -> _Reading:
         if fit is not None:
             before = set(_order(data, config, found, fit)[: data.wanted])
             data.say(f"daar: round {number}: the model is tuned on {len(before)} rows")
+            embed = data.embed  # the last model need not stay while the next one is loaded
             embed = data.tuned([row for i, row in enumerate(data.rows) if i in before], config.tuning)
         fit = _probe(data, config, found, embed, depth)
         now = set(_order(data, config, found, fit)[: data.wanted]) if config.rounds > 1 else set()
@@ -236,16 +242,18 @@ def _probe(
     own = found.domains.labels if rows is data.rows else found.domains.labels[np.asarray(places)]
     labels = np.concatenate([found.taught_labels, own])
     known = np.where(inverse_lengths(features) > 0, labels, -1)
-    if (known >= 0).sum() < 2 * config.folds:
+    skip = len(found.taught)
+    learnt, judged = int((known[:skip] >= 0).sum()), int((known[skip:] >= 0).sum())
+    if learnt + judged < 2 * config.folds or (found.taught and not (learnt >= 2 * config.folds and judged)):
         raise RowsError(
-            f"daar: {(known >= 0).sum()} rows have a vector, and {config.folds} folds need {2 * config.folds} at least"
+            f"daar: {judged} rows to choose from and {learnt} probe rows have a vector, too few for a probe "
+            f"({2 * config.folds} to learn from and one to score); give more rows, or a longer --max-length"
         )
     teach = np.arange(len(known)) < len(found.taught) if found.taught else None
     fit = cross_fit(
         features, known, found.domains.count, ids=[*(row.id for row in found.taught), *rows.ids], seed=data.seed,
         folds=config.folds, regress=config.reward == "predicted", teach=teach,
     )  # fmt: skip
-    skip = len(found.taught)
     predicted = None if fit.predicted is None else fit.predicted[skip:]
     return replace(fit, probabilities=fit.probabilities[skip:], entropies=fit.entropies[skip:], predicted=predicted)
 
@@ -275,7 +283,10 @@ def drawn_keys(values: Values, labels: Labels, ids: Sequence[str], factor: float
     ----------
     Efraimidis and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003; the logarithm of their keys.
     """
-    place = percentiles(values, np.where(np.isfinite(values), labels, -1), ids) / 50.0 - 1.0
+    place = np.zeros(len(ids))
+    for k in np.unique(labels[labels >= 0]):
+        mine = np.flatnonzero((labels == k) & np.isfinite(values))
+        place[mine] = 2.0 * (rankdata(values[mine]) - 0.5) / max(1, len(mine)) - 1.0
     uniform = np.clip(keyed_uniform(seed, "daar/draw", ids), 1e-15, 1 - 1e-15)
     keys = factor * place - np.log(-np.log(uniform))
     return np.where(np.isfinite(values), keys, -math.inf)

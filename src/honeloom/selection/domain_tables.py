@@ -48,7 +48,9 @@ def domain_table(ids: Sequence[str], domains: Domains, values: Values, intra: Se
         "cluster": list(range(domains.count)),
         "size": [len(rows) for rows in members],
         "value": [float(values[rows].mean()) if len(rows) else None for rows in finite],
-        "proxy_id": [ids[min(rows.tolist(), key=lambda i: (-intra[i], ids[i]))] for rows in members],
+        "proxy_id": [
+            ids[min(rows.tolist(), key=lambda i: (-intra[i], ids[i]))] if len(rows) else None for rows in members
+        ],
         "name": list(domains.names),
     }
 

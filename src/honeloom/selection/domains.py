@@ -317,7 +317,9 @@ def labelled_domains(vectors: Vectors, labels: Sequence[str | None]) -> Domains:
     given = np.array([label or "(none)" for label in labels])
     names, place = np.unique(given, return_inverse=True)
     found = np.where(inverse_lengths(vectors) > 0, place, -1).astype(np.int64)
-    return Domains(centroids_of(vectors, found, len(names)), found, tuple(str(n) for n in names))
+    used, found[found >= 0] = np.unique(found[found >= 0], return_inverse=True)
+    dropped = tuple(str(n) for k, n in enumerate(names) if k not in set(used.tolist()))
+    return Domains(centroids_of(vectors, found, len(used)), found, tuple(str(names[k]) for k in used), dropped)
 
 
 def set_diversity(vectors: Vectors, labels: Labels, count: int) -> Spread:

@@ -47,6 +47,9 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     target = scan(work, field="target") if config.target else None
     if target is not None:
         rows = _without_target(work, rows, target)
+    forced = _forced(rows, kept_ids)
+    if config.quota and config.quota_by != "cluster":
+        _quotas(work, rows, None)  # before hours of work, where the names are known already
     ports = Ports(work)
     work.log.say(f"select: {config.method.type} over {len(rows)} rows")
     method = family("selection").load(config.method.type)
@@ -54,14 +57,10 @@ def execute(work: Work[SelectConfig]) -> Outcome:
     settings |= {n: str(work.inputs[f"method.{n}"].paths[0]) for n in settings if f"method.{n}" in work.inputs}
     amount, unit = config.keep_amount()
     wanted = None if unit == "tokens" else rows_to_keep(amount, unit, len(rows))
+    if wanted is not None and len(forced) > wanted:
+        raise RowsError(f"must_keep names {len(forced)} rows, and {wanted} are kept; raise --keep, or name fewer")
     scores: Scores = method(ports.data(rows, target, wanted), **settings)
     ports.close()
-    forced = {i for i, name in enumerate(rows.ids) if name in kept_ids}
-    if len(forced) < len(kept_ids):
-        raise RowsError(
-            f"must_keep: {len(kept_ids) - len(forced)} of {len(kept_ids)} rows repeat a row of the target; leave them "
-            "out of one of the two"
-        )
     plan = _choose(work, rows, scores, ports.scorer, forced)
     _warn_unscored(work, scores, plan, ports.scorer)
     selected = write_selected(rows, plan.keep, work.dir)
@@ -97,7 +96,7 @@ def _named(work: Work[SelectConfig], field: str, rows: RowSet) -> list[int]:
     path = work.inputs[field].paths[0]
     if path.suffix == ".txt":
         try:
-            ids = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+            ids = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
         except UnicodeDecodeError as error:
             raise RowsError(f"{path}: not a text file of ids ({error.reason}); write an id per line in UTF-8") from None
     else:
@@ -187,9 +186,20 @@ def _choose(
     return plan
 
 
-def _quotas(work: Work[SelectConfig], rows: RowSet, scores: Scores) -> Quotas:
+def _forced(rows: RowSet, kept_ids: set[str]) -> set[int]:
+    """Places of the rows that must be kept."""
+    forced = {i for i, name in enumerate(rows.ids) if name in kept_ids}
+    if len(forced) < len(kept_ids):
+        raise RowsError(
+            f"must_keep: {len(kept_ids) - len(forced)} of {len(kept_ids)} rows repeat a row of the target; leave them "
+            "out of one of the two"
+        )
+    return forced
+
+
+def _quotas(work: Work[SelectConfig], rows: RowSet, scores: Scores | None) -> Quotas:
     """Groups of the rows, and the shares that some of them get."""
-    config, columns = work.config, scores.columns or {}
+    config, columns = work.config, (scores.columns if scores else None) or {}
     if config.quota_by == "cluster":
         group = columns.get("pseudo_domain", columns.get("cluster"))
         if group is None:

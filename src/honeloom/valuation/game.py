@@ -120,6 +120,11 @@ class Game:
         return 0 if self._failing() else self.budget - self.spent
 
     @property
+    def first_error(self) -> str:
+        """Why the first evaluation that failed did; empty where none did."""
+        return self._reason
+
+    @property
     def margin(self) -> float:
         """Mean value of a player, (v(N) - v(empty)) / n; NaN where either is unknown."""
         return (self.full - self.empty) / self.n_players

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from honeloom.reporting.valuation import read_columns
 
@@ -36,7 +37,10 @@ def names_of(column: pa.ChunkedArray) -> list[str]:
 def kind_of(table: pa.Table) -> str:
     """What the domains are: labels or sources where they have the same names row by row, else pseudo-domains."""
     for column, kind in (("domain", "label"), ("source", "source")):
-        if column in table.column_names and table[column].equals(table["pseudo_domain"]):
+        if column not in table.column_names:
+            continue
+        both = table.filter(pc.and_(table[column].is_valid(), table["pseudo_domain"].is_valid()))
+        if len(both) and both[column].equals(both["pseudo_domain"]):
             return kind
     return "pseudo-domain"
 
