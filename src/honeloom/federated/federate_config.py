@@ -14,6 +14,10 @@ from honeloom.tuning.config import AdamWConfig, Optimizer
 __all__ = ["ClientConfig", "FederateConfig", "PartitionConfig", "ServerConfig"]
 
 
+EQUAL_RANKS = ("fedit", "fedex", "rolora")
+"""Rules that average factors as they are."""
+
+
 class PartitionConfig(Config):
     """How one set of rows is split among simulated clients."""
 
@@ -151,6 +155,13 @@ class FederateConfig(RowsConfig):
             raise ValueError(
                 f"server {self.server.type} works entry by entry on factors of one shape, and {rule} has none; use "
                 "momentum, or aggregation fedit or ffa"
+            )
+        given = (c.rank.values() if isinstance(c.rank, dict) else (c.rank,) for c in self.members())
+        ranks = sorted({r or 0 for some in given for r in some})
+        if rule in EQUAL_RANKS and len(ranks) > 1:
+            raise ValueError(
+                f"{rule} averages factors column by column, so all ranks must be equal; they are {ranks}. svd and "
+                "flora take any ranks"
             )
         allowed: dict[str, tuple[str, ...]] = {"flora": ("reset",), "svd": ("warm", "reset")}
         if self.start is not None and self.start not in allowed.get(rule, ("warm",)):
