@@ -201,6 +201,7 @@ def test_messages_survive_the_wire():
             "no number",
         ),
         (lambda: encode(reply(factors={"layers.0.q": (torch.ones(6, 2).double(), torch.ones(2, 5))})), "F64"),
+        (lambda: encode(reply(metrics={"x": math.nan})), "NaN or infinity"),
         (lambda: encode(reply()).replace(b'\\"protocol\\": 1', b'\\"protocol\\": 9'), "not of protocol 1"),
         (lambda: encode(reply(control=reply().factors)), "was not agreed|bytes"),
     ],

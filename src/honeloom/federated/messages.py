@@ -7,6 +7,7 @@ metadata. A document is checked against what was agreed before a tensor of it is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -191,6 +192,8 @@ def _check_types(plain: dict[str, Any], what: str) -> None:
         metrics = {str(name): float(value) for name, value in plain.get("metrics", {}).items()}
     except (TypeError, ValueError):
         raise MessageError(f"{what}: metrics hold something that is no number") from None
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise MessageError(f"{what}: metrics hold NaN or infinity")
     if "metrics" in plain:
         plain["metrics"] = metrics
     if plain.get("rows", 0) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,57 @@ def _drop(report: Report, inputs: Inputs) -> Verdict:
     return Verdict(sentence, None, (*facts, ("opens in", ", ".join(d["loads_in"]))))
 
 
+def _federate(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    came = Counter(status for client in d["clients"] for status in client["status"])
+    first, last = _overall(report, "client_loss_first"), _overall(report, "client_loss_last")
+    figure = None
+    if first and last:
+        remark = "before the first round and after the last, by clients on their own rows: no held-out measure"
+        before, after = alike(first.value, last.value)
+        figure = Figure("loss of the clients", after, last.unit, before, remark)
+    up, down = (sum(client[key] for client in d["clients"]) for key in ("bytes_up", "bytes_down"))
+    no = came["rejected"]
+    refused = f"; {no:,} {'reply was' if no == 1 else 'replies were'} refused" if no else ""
+    facts = [
+        ("sound replies", number(came["ok"])),
+        ("aggregation", f"{clip(d['aggregation'])}, {clip(d['start'])} start"),
+        ("sent up", size(up)),
+        ("sent down", size(down)),
+    ]
+    if d.get("relative_error") is not None:
+        facts.append(("largest relative error of an aggregate", number(d["relative_error"])))
+    return Verdict(
+        f"A LoRA adapter of {_name(inputs, 'model', 'the model')} was trained by {plural(len(d['clients']), 'client')} "
+        f"in {plural(d['rounds'], 'round')}{refused}.",
+        figure,
+        tuple(facts),
+    )
+
+
+def _aggregate(report: Report, inputs: Inputs) -> Verdict:
+    d, count = report.details, len(report.details["clients"])
+    into = f"into {_name(inputs, 'into_base', 'their base')}" if "into_base" in inputs else "into one"
+    ranks = sorted(set(d["ranks_in"]))
+    given = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    facts = [
+        ("method", clip(d["method"])),
+        ("rank of the adapters", given),
+        ("rank of the aggregate", str(d["rank_out"])),
+    ]
+    if d.get("lost_delta_fraction") is not None:
+        facts.append(("share of the difference lost to rounding", f"{d['lost_delta_fraction']:.2%}"))
+    facts += [("read", size(d["bytes_up"])), ("written", size(d.get("bytes_written", d["bytes_down"] / count)))]
+    return Verdict(
+        f"{plural(count, 'adapter')} {'was' if count == 1 else 'were'} aggregated {into} by {clip(d['method'])}.",
+        Figure(
+            "relative error of the aggregate", number(float(d["relative_error"])),
+            remark="norm of its difference from the weighted sum of the updates, over the norm of that sum",
+        ),
+        tuple(facts),
+    )  # fmt: skip
+
+
 def _layers(which: Sequence[int]) -> str:
     if len(which) > 6:
         return f"{len(which)} layers"
@@ -200,5 +252,7 @@ _TELLERS: dict[str, Callable[[Report, Inputs], Verdict]] = {
     "tune": _tune,
     "merge": _merge,
     "drop": _drop,
+    "federate": _federate,
+    "aggregate": _aggregate,
     "evaluate": _evaluate,
 }

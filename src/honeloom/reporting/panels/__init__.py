@@ -14,6 +14,13 @@ from honeloom.reporting.panels.depth_sweep import depth_sweep_panel
 from honeloom.reporting.panels.domain_maps import domain_map_panel, entropy_map_panel
 from honeloom.reporting.panels.domain_mix import domain_mix_panel
 from honeloom.reporting.panels.entropy import entropy_panel
+from honeloom.reporting.panels.federation import rounds_panel, traffic_panel
+from honeloom.reporting.panels.federation_updates import (
+    client_losses_panel,
+    exactness_panel,
+    module_errors_panel,
+    update_norms_panel,
+)
 from honeloom.reporting.panels.importance import importance_panel
 from honeloom.reporting.panels.kept_rows import kept_rows_panel
 from honeloom.reporting.panels.loss_curve import loss_curve_panel
@@ -36,5 +43,8 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     "tune": (loss_curve_panel,),
     "merge": (),
     "drop": (importance_panel,),
+    "federate": (
+        rounds_panel, client_losses_panel, update_norms_panel, traffic_panel, exactness_panel, module_errors_panel,
+    ),
     "evaluate": (comparison_panel, metrics_panel),
 }  # fmt: skip
