@@ -12,6 +12,7 @@ from honeloom.config.base import validate
 from honeloom.errors import ConfigError, HoneloomError, MessageError, RowsError
 from honeloom.federated.client import ClientCore, fresh_factors, split_shared
 from honeloom.federated.federate_config import FederateConfig, PartitionConfig
+from honeloom.federated.frozen import FrozenAdditions, folded, stacked
 from honeloom.federated.messages import Manifest, TrainReply, TrainTask, decode_reply, decode_task, encode
 from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.rounds import InlineEngine, Silence, run_rounds
@@ -270,7 +271,41 @@ def test_stacking_is_the_sum_of_what_clients_changed_by_hand(tmp_path):
             expected[module] += record["rows"] / 60 * job.scale * dense({module: pair}, module)
     for module in MODULES:
         assert torch.allclose(dense(server.state.total(), module), expected[module], atol=1e-5)
-    assert [r["rank"] for r in records] == [6, 6] and server.state.total()["layers.0.q"][0].shape[1] == 12
+    assert [r["rank"] for r in records] == [6, 6]
+    assert {m: b.shape[1] for m, (b, _) in server.state.total().items()} == {m: min(s) for m, s in MODULES.items()}
+
+
+def random_pairs(rank, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {k: (torch.randn(m, rank, generator=draw), torch.randn(rank, n, generator=draw))
+            for k, (m, n) in MODULES.items()}  # fmt: skip
+
+
+def test_frozen_additions_do_not_grow_with_the_rounds_and_everybody_holds_the_same():
+    kept, exact = FrozenAdditions(), {m: torch.zeros(s).double() for m, s in MODULES.items()}
+    held = {"every": (0, {}), "second": (0, {}), "third": (0, {}), "late": (0, {})}
+    whole = 0
+    for number in range(1, 25):
+        addition = random_pairs(1, number)
+        kept.add(addition)
+        exact = {m: exact[m] + dense(addition, m) for m in MODULES}
+        assert kept.version == number
+        assert all(b.shape[1] <= min(b.shape[0], a.shape[1]) for b, a in kept.total().values())
+        for name, step in (("every", 1), ("second", 2), ("third", 3), ("late", 24)):
+            if number % step:
+                continue
+            version, mine = held[name]
+            since, more = kept.after(version)
+            assert since in (0, version)
+            whole += name == "every" and since == 0
+            held[name] = (kept.version, folded(stacked(mine if since else {}, more)))
+            for module, pair in kept.total().items():  # to the last bit
+                assert all(torch.equal(x, y) for x, y in zip(pair, held[name][1][module], strict=True))
+    for module in MODULES:
+        assert torch.allclose(dense(kept.total(), module), exact[module], atol=1e-5)
+    assert whole == 1  # who is always there is sent every addition once, and never the whole again
+    assert kept.until(24)[0] == kept.until(23)[0] == 24 and kept.until(1) == (0, {})
+    assert kept.after(99)[0] == 0  # a version that does not exist is answered with the whole
 
 
 def test_what_clients_have_of_the_base_is_what_the_server_holds(tmp_path):
@@ -419,18 +454,19 @@ def test_an_interrupted_federation_ends_as_an_uninterrupted_one(tmp_path, after,
 def test_momentum_goes_on_in_the_direction_of_the_last_rounds(tmp_path):
     ends = {}
     for kind in ("none", "momentum"):
-        (tmp_path / kind).mkdir()
-        server, _, _ = federate(
-            tmp_path / kind, aggregation="flora", rounds=2, local_steps=2, server={"type": kind, "beta1": 0.5}
-        )
-        ends[kind] = server.state
-    first = {m: dense({m: ends["none"].increments[0][m]}, m) for m in MODULES}
+        for rounds in (1, 2):
+            folder = tmp_path / f"{kind}-{rounds}"
+            folder.mkdir()
+            server, _, _ = federate(
+                folder, aggregation="flora", rounds=rounds, local_steps=2, server={"type": kind, "beta1": 0.5}
+            )
+            ends[kind, rounds] = server.state.total()
     for module in MODULES:
-        moved = dense({module: ends["momentum"].increments[0][module]}, module)
-        assert torch.allclose(moved, first[module], atol=1e-6)  # there is nothing to go on with yet
-        second = dense({module: ends["momentum"].increments[1][module]}, module)
-        plain = dense({module: ends["none"].increments[1][module]}, module)
-        assert torch.allclose(second, plain + 0.5 * first[module], atol=1e-4)
+        first = dense(ends["none", 1], module)
+        assert torch.allclose(dense(ends["momentum", 1], module), first, atol=1e-6)  # nothing to go on with yet
+        plain = dense(ends["none", 2], module) - first
+        second = dense(ends["momentum", 2], module) - first
+        assert torch.allclose(second, plain + 0.5 * first, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from honeloom.errors import HoneloomError, MessageError
+from honeloom.federated.frozen import folded, stacked
 from honeloom.federated.messages import Factors, TrainReply, TrainTask
 from honeloom.ops.noise import uniform
 from honeloom.types.federation import LocalJob, LocalPort
@@ -65,7 +66,7 @@ class ClientCore:
             if task.since not in (0, memory.version):
                 raise MessageError(f"holds frozen additions of version {memory.version}, the task adds to {task.since}")
             before = {} if task.since == 0 else memory.frozen
-            memory.frozen = stacked(before, task.frozen)
+            memory.frozen = folded(stacked(before, task.frozen))
             memory.version = task.version
         start, rest = self._start(task)
         frozen = stacked(memory.frozen, rest)
@@ -151,16 +152,6 @@ def split_shared(
         if keep and b.shape[1] > rank:
             rest[module] = (b[:, rank:].contiguous(), a[rank:].contiguous())
     return start, rest
-
-
-def stacked(one: Factors, other: Factors) -> dict[str, Pair]:
-    """Both additions as one, module by module."""
-    found = dict(one)
-    for module, (b, a) in other.items():
-        if module in found:
-            b, a = torch.cat([found[module][0], b], dim=1), torch.cat([found[module][1], a], dim=0)
-        found[module] = (b, a)
-    return found
 
 
 def _minus(one: Factors, other: Factors) -> dict[str, Pair]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from honeloom.errors import HoneloomError
-from honeloom.federated.client import ClientCore, stacked
+from honeloom.federated.client import ClientCore, ClientMemory
+from honeloom.federated.frozen import Pair
 from honeloom.federated.messages import decode_task, encode
 from honeloom.federated.server import RoundRecord, ServerCore, ServerState
 from honeloom.federated.store import RoundStore
@@ -45,20 +46,30 @@ class InlineEngine:
 
     def __init__(self, clients: Mapping[str, ClientCore]) -> None:
         self.clients = clients
+        self._additions: tuple[int, dict[str, Pair]] = (0, {})
 
     def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
         """Yield the replies in the order of the tasks; there is nothing to wait for."""
         for name, data in tasks.items():
-            yield name, encode(self.clients[name].handle(decode_task(data)))
+            reply = self.clients[name].handle(decode_task(data))
+            self._share(self.clients[name].memory)
+            yield name, encode(reply)
+
+    def _share(self, memory: ClientMemory) -> None:
+        """Clients of one process hold equal additions once."""
+        if memory.version == self._additions[0]:
+            memory.frozen = self._additions[1]
+        elif memory.version > self._additions[0]:
+            self._additions = (memory.version, memory.frozen)
 
     def restore(self, state: ServerState) -> None:
         """Give clients the frozen additions that the server thinks they have."""
         for name, version in state.held.items():
             memory = self.clients[name].memory
-            memory.version, memory.frozen = version, {}
-            for increment in state.increments[:version]:
-                memory.frozen = stacked(memory.frozen, increment)
+            memory.version, memory.frozen = state.frozen.until(version)
+            state.held[name] = version if memory.version else 0
             memory.control = dict(state.corrections.get(name, {}))
+            self._share(memory)
 
     def remember(self, state: ServerState) -> None:
         """SCAFFOLD's corrections."""

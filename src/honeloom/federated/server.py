@@ -14,9 +14,10 @@ import torch
 from honeloom.errors import HoneloomError, IncompatibleModelsError, MessageError
 from honeloom.federated.aggregation.exactness import error_norms
 from honeloom.federated.aggregation.warm import whole
-from honeloom.federated.client import fresh_factors, split_shared, stacked
+from honeloom.federated.client import fresh_factors, split_shared
 from honeloom.federated.continuation import Continuation, continuation_of
 from honeloom.federated.federate_config import ClientConfig, FederateConfig
+from honeloom.federated.frozen import FrozenAdditions, stacked
 from honeloom.federated.messages import Factors, Manifest, TrainReply, TrainTask, decode_reply, encode
 from honeloom.federated.server_optimizer import ServerOptimizer
 from honeloom.ops.lowrank import product_norm, stack_factors
@@ -93,8 +94,8 @@ class ServerState:
         Rounds that are done.
     shared : dict
         Where clients begin, by module, scale 1; empty before the first round and where they begin anew.
-    increments : list of dict
-        Frozen additions, one entry per version, scale 1.
+    frozen : FrozenAdditions
+        To the base; what clients hold beside what they train.
     control : dict
         SCAFFOLD's correction of the server.
     moments : dict
@@ -107,7 +108,7 @@ class ServerState:
 
     round: int = 0
     shared: dict[str, Pair] = field(default_factory=dict)
-    increments: list[dict[str, Pair]] = field(default_factory=list)
+    frozen: FrozenAdditions = field(default_factory=FrozenAdditions)
     control: dict[str, Pair] = field(default_factory=dict)
     moments: dict[str, Pair] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
@@ -115,10 +116,7 @@ class ServerState:
 
     def total(self) -> dict[str, Pair]:
         """The whole update of the base so far, as stacked factors."""
-        found = dict(self.shared)
-        for increment in self.increments:
-            found = stacked(found, increment)
-        return found
+        return stacked(self.shared, self.frozen.total())
 
     def sha256(self) -> str:
         """Of the whole update: module names, shapes and bytes."""
@@ -182,11 +180,8 @@ class ServerCore:
         return client.rank_in(self.state.round + 1, 8)
 
     def _task(self, record: ClientRecord) -> TrainTask:
-        config, version = self.config, len(self.state.increments)
-        since = min(self.state.held.get(record.id, 0), version)
-        frozen: dict[str, Pair] = {}
-        for increment in self.state.increments[since:]:
-            frozen = stacked(frozen, increment)
+        config, version = self.config, self.state.frozen.version
+        since, frozen = self.state.frozen.after(self.state.held.get(record.id, 0))
         return TrainTask(
             self.experiment, self.state.round + 1, record.id, record.rank, self._alpha(record.rank), self.how.start,
             self.how.trains(self.state.round + 1), self.how.alike, since, version,
@@ -331,14 +326,14 @@ class ServerCore:
         state = self.state
         if self.how.start == "fresh":
             step = {module: whole(c) for module, c in combined.items()}
-            state.increments.append(_float(self._optimizer.step(None, step, state.moments)))
+            state.frozen.add(_float(self._optimizer.step(None, step, state.moments)))
             return
         old = state.shared or fresh_factors(self.modules, self._largest(), self.config.seed, "shared")
         new = {module: (c.b, c.a) for module, c in combined.items()}
         state.shared = _float(self._optimizer.step(old, new, state.moments))
         residual = {module: c.residual for module, c in combined.items() if c.residual is not None}
         if residual:
-            state.increments.append(_float(residual))
+            state.frozen.add(_float(residual))
 
     def _largest(self) -> int:
         return max(self.rank(client) for client in self.members.values())

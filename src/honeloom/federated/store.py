@@ -72,15 +72,18 @@ class RoundStore:
         plain = json.loads(read_header(path).metadata["state"])
         with Checkpoint(path.parent, [path]) as file:
             state = ServerState(plain["round"], held=plain["held"])
-            state.increments = [{} for _ in range(plain["versions"])]
+            state.frozen.entries = [{} for _ in range(plain["additions"])]
+            state.frozen.first = plain["first"]
             pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
             for name in file.names():
                 group, module, factor = name.split("!")
                 pairs.setdefault((group, module), {})[factor] = file.read(name)
         for (group, module), pair in pairs.items():
             found = (pair["b"], pair["a"])
-            if group.startswith("increment-"):
-                state.increments[int(group.removeprefix("increment-"))][module] = found
+            if group == "latest":
+                state.frozen.latest[module] = found
+            elif group.startswith("addition-"):
+                state.frozen.entries[int(group.removeprefix("addition-"))][module] = found
             elif group.startswith("correction-"):
                 state.corrections.setdefault(group.removeprefix("correction-"), {})[module] = found
             else:
@@ -91,7 +94,8 @@ class RoundStore:
 def _packed(state: ServerState) -> bytes:
     groups: dict[str, Mapping[str, Pair]] = {
         "shared": state.shared, "control": state.control, "moments": state.moments,
-        **{f"increment-{k}": increment for k, increment in enumerate(state.increments)},
+        "latest": state.frozen.latest,
+        **{f"addition-{k}": addition for k, addition in enumerate(state.frozen.entries)},
         **{f"correction-{name}": pairs for name, pairs in state.corrections.items()},
     }  # fmt: skip
     tensors = {
@@ -100,6 +104,7 @@ def _packed(state: ServerState) -> bytes:
         for module, pair in pairs.items()
         for factor, tensor in zip("ba", pair, strict=True)
     }
-    plain = {"round": state.round, "held": state.held, "versions": len(state.increments)}
+    plain = {"round": state.round, "held": state.held, "first": state.frozen.first,
+             "additions": len(state.frozen.entries)}  # fmt: skip
     data: bytes = save(tensors, metadata={"state": json.dumps(plain, sort_keys=True)})
     return data
