@@ -22,12 +22,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(slots=True)
 class ClientMemory:
-    """What a client keeps between rounds: frozen additions and their version, and SCAFFOLD's own correction."""
+    """What a client keeps between rounds: the frozen additions and their version, and the last round it was in."""
 
     version: int = 0
     round: int = 0
     frozen: dict[str, Pair] = field(default_factory=dict)
-    control: dict[str, Pair] = field(default_factory=dict)
 
 
 class ClientCore:
@@ -71,18 +70,16 @@ class ClientCore:
         start, rest = self._start(task)
         frozen = stacked(memory.frozen, rest)
         scale = task.alpha / task.rank
-        correction = _minus(task.control, memory.control) if task.settings.get("scaffold") else {}
         job = LocalJob(
             self.name, start, scale, frozen, task.trains, task.settings, int(task.settings["seed"]),
-            f"{self.name}/{task.round}", correction,
+            f"{self.name}/{task.round}", task.correction,
         )  # fmt: skip
         result = self.port.train(job)
-        control = self._new_control(task, start, result.factors) if task.settings.get("scaffold") else {}
         memory.round = task.round
         metrics = {**result.metrics, "seconds": time.monotonic() - begun}
         return TrainReply(
             task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
-            factors=result.factors, control=control,
+            factors=result.factors,
         )  # fmt: skip
 
     def _check(self, task: TrainTask) -> None:
@@ -90,7 +87,7 @@ class ClientCore:
             raise MessageError(f"a task for {task.client!r} came to {self.name!r}")
         if task.round < self.memory.round:
             raise MessageError(f"a task of round {task.round} came after round {self.memory.round}; it is dropped")
-        for group in (task.shared, task.frozen, task.control):
+        for group in (task.shared, task.frozen, task.correction):
             for module, (b, a) in group.items():
                 if self.port.modules.get(module) != (b.shape[0], a.shape[1]):
                     raise MessageError(f"module {module!r}: {tuple(b.shape)} x {tuple(a.shape)} does not fit the model")
@@ -103,20 +100,6 @@ class ClientCore:
         return split_shared(
             task.shared, self.port.modules, task.rank, task.alpha / task.rank, keep=task.start == "carry"
         )
-
-    def _new_control(self, task: TrainTask, start: Factors, after: Factors) -> dict[str, Pair]:
-        """Change of this client's correction: c_i+ = c_i - c + (start - after) / (steps x lr)."""
-        unit = float(task.settings["steps"]) * float(task.settings["lr"])
-        changes = {}
-        for module, pair in after.items():
-            old = self.memory.control.get(module)
-            moved = [(s - f) / unit for s, f in zip(start[module], pair, strict=True)]
-            common = task.control.get(module, (torch.zeros_like(moved[0]), torch.zeros_like(moved[1])))
-            mine = old if old is not None else (torch.zeros_like(moved[0]), torch.zeros_like(moved[1]))
-            new = tuple(m - c + d for m, c, d in zip(mine, common, moved, strict=True))
-            changes[module] = (new[0] - mine[0], new[1] - mine[1])
-            self.memory.control[module] = (new[0], new[1])
-        return changes
 
 
 def fresh_factors(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, name: str) -> dict[str, Pair]:
@@ -152,14 +135,3 @@ def split_shared(
         if keep and b.shape[1] > rank:
             rest[module] = (b[:, rank:].contiguous(), a[rank:].contiguous())
     return start, rest
-
-
-def _minus(one: Factors, other: Factors) -> dict[str, Pair]:
-    """Difference of corrections, factor by factor; one that is missing is zero."""
-    found = {}
-    for module in {*one, *other}:
-        b, a = one.get(module) or tuple(torch.zeros_like(t) for t in other[module])
-        if module in other:
-            b, a = b - other[module][0], a - other[module][1]
-        found[module] = (b, a)
-    return found

@@ -50,8 +50,10 @@ class TrainTask:
         Of the frozen additions, once `frozen` is added to those of version `since`; 0 is none.
     settings : mapping
         Steps, rows per step, learning rate, optimizer and the like.
-    shared, frozen, control : Factors
-        Scale 1: where to begin; additions to the base that are not trained; SCAFFOLD's correction.
+    shared, frozen : Factors
+        Scale 1: where to begin; additions to the base that are not trained.
+    correction : Factors
+        Added to every gradient (SCAFFOLD's c - c_i).
     """
 
     experiment: str
@@ -67,7 +69,7 @@ class TrainTask:
     settings: Mapping[str, Any] = field(default_factory=dict)
     shared: Factors = field(default_factory=dict)
     frozen: Factors = field(default_factory=dict)
-    control: Factors = field(default_factory=dict)
+    correction: Factors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +90,6 @@ class TrainReply:
         Why there is no update.
     factors : Factors
         As the adapter holds them: the update is alpha / rank * b @ a.
-    control : Factors
-        Change of SCAFFOLD's correction.
     """
 
     experiment: str
@@ -100,7 +100,6 @@ class TrainReply:
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     factors: Factors = field(default_factory=dict)
-    control: Factors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +109,15 @@ class Manifest:
     modules: Mapping[str, tuple[int, int]]
     rank: int
     most_bytes: int
-    control: bool = False
 
     @classmethod
-    def of(cls, modules: Mapping[str, tuple[int, int]], rank: int, *, control: bool = False) -> Manifest:
-        """What a client of this rank sends in float32, twice over, and room for names."""
+    def of(cls, modules: Mapping[str, tuple[int, int]], rank: int) -> Manifest:
+        """What a client of this rank sends in float32, and room for names."""
         numbers = sum(rank * (m + n) for m, n in modules.values())
-        return cls(modules, rank, 4 * numbers * (2 if control else 1) + 1024 * (len(modules) + 64), control)
+        return cls(modules, rank, 4 * numbers + 1024 * (len(modules) + 64))
 
 
-_GROUPS = {TrainTask: ("shared", "frozen", "control"), TrainReply: ("factors", "control")}
+_GROUPS = {TrainTask: ("shared", "frozen", "correction"), TrainReply: ("factors",)}
 
 
 def encode(message: TrainTask | TrainReply) -> bytes:
@@ -226,8 +224,8 @@ def _read(data: bytes, header: Header, what: str, groups: tuple[str, ...], manif
 
 
 def _check_shape(name: str, shape: tuple[int, ...], parts: list[str], manifest: Manifest) -> None:
-    group, module, factor = parts
-    if module not in manifest.modules or (group == "control" and not manifest.control):
+    _, module, factor = parts
+    if module not in manifest.modules:
         raise MessageError(f"reply: tensor {name!r:.80} was not agreed")
     m, n = manifest.modules[module]
     wanted = (m, manifest.rank) if factor == "b" else (manifest.rank, n)

@@ -31,9 +31,6 @@ class Engine(Protocol):
     def restore(self, state: ServerState) -> None:
         """Prepare clients for a federation that goes on from a state."""
 
-    def remember(self, state: ServerState) -> None:
-        """Put into the state what clients would otherwise lose with this process."""
-
 
 class InlineEngine:
     """Clients of this process, one after the other; messages still take their form on the wire.
@@ -68,12 +65,7 @@ class InlineEngine:
             memory = self.clients[name].memory
             memory.version, memory.frozen = state.frozen.until(version)
             state.held[name] = version if memory.version else 0
-            memory.control = dict(state.corrections.get(name, {}))
             self._share(memory)
-
-    def remember(self, state: ServerState) -> None:
-        """SCAFFOLD's corrections."""
-        state.corrections = {name: dict(c.memory.control) for name, c in self.clients.items() if c.memory.control}
 
 
 def run_rounds(
@@ -100,8 +92,7 @@ def run_rounds(
     empty, first = 0, True
     while server.state.round < server.config.rounds:
         tasks = server.begin()
-        # A reply that was kept lacks what its client remembered with it.
-        for client, data in [] if server.config.scaffold else store.replies(server.state.round + 1):
+        for client, data in store.replies(server.state.round + 1):
             if client in tasks and server.ingest(client, data) == "ok":
                 del tasks[client]
         if first:
@@ -113,7 +104,6 @@ def run_rounds(
             elif server.ingest(client, reply) == "ok":
                 store.keep_reply(server.state.round + 1, client, reply)
         record = server.finish()
-        engine.remember(server.state)
         store.save(server.state, record)
         if done is not None:
             done(record)

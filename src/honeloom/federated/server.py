@@ -103,7 +103,7 @@ class ServerState:
     held : dict
         Which version of the frozen additions every client has.
     corrections : dict
-        SCAFFOLD's corrections of clients that live in the server's process.
+        SCAFFOLD's corrections of the clients.
     """
 
     round: int = 0
@@ -190,7 +190,7 @@ class ServerCore:
                 "optimizer": config.optimizer.model_dump(), "max_grad_norm": config.max_grad_norm,
                 "proximal": config.proximal, "scaffold": config.scaffold,
             },
-            shared=self._download(record.rank), frozen=frozen, control=self.state.control,
+            shared=self._download(record.rank), frozen=frozen, correction=self._correction(record.id),
         )  # fmt: skip
 
     def _download(self, rank: int) -> dict[str, Pair]:
@@ -209,7 +209,7 @@ class ServerCore:
             return "late"
         record.bytes_up += len(data)
         try:
-            manifest = Manifest.of(self.modules, record.rank, control=self.config.scaffold)
+            manifest = Manifest.of(self.modules, record.rank)
             reply = decode_reply(data, manifest)
             self._check(record, reply)
         except MessageError as error:
@@ -318,8 +318,9 @@ class ServerCore:
             squares = [squares[0] + norms.difference**2, squares[1] + norms.target**2]
             record.rank = max(record.rank, whole(combined[module])[0].shape[1])
         record.error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+        if self.config.scaffold:
+            self._correct(clients, replies)
         self._move(combined)
-        self._correct(replies, len([c for c in self.members.values() if c.takes_part(record.round)]))
 
     def _move(self, combined: Mapping[str, Combined]) -> None:
         """Take the aggregate over as the new state, through the server's optimizer."""
@@ -338,12 +339,37 @@ class ServerCore:
     def _largest(self) -> int:
         return max(self.rank(client) for client in self.members.values())
 
-    def _correct(self, replies: Sequence[TrainReply], clients: int) -> None:
-        """SCAFFOLD: c moves by the sum of the clients' changes over the number of all clients."""
-        for reply in replies:
-            for module, (b, a) in reply.control.items():
-                old = self.state.control.get(module, (torch.zeros_like(b), torch.zeros_like(a)))
-                self.state.control[module] = (old[0] + b / clients, old[1] + a / clients)
+    def _correction(self, client: str) -> dict[str, Pair]:
+        """SCAFFOLD: what a client adds to its gradients, c - c_i."""
+        mine = self.state.corrections.get(client, {})
+        return {module: _minus(c, mine.get(module)) for module, c in self.state.control.items()}
+
+    def _correct(self, clients: Sequence[ClientRecord], replies: Sequence[TrainReply]) -> None:
+        """SCAFFOLD: c_i becomes c_i - c + (start - end) / (steps x lr), and c moves by the mean of the changes.
+
+        All of it follows from what the server has sent and got, so that clients need not keep or send corrections.
+        """
+        number = self.state.round + 1
+        everybody = len([c for c in self.members.values() if c.takes_part(number)])
+        moves: dict[str, Pair] = {}
+        for client, reply in zip(clients, replies, strict=True):
+            unit, (begun, _) = self.config.local_steps * client.lr, self._begun(client)
+            mine = self.state.corrections.setdefault(client.id, {})
+            for module, after in reply.factors.items():
+                moved = [(s - f) / unit for s, f in zip(begun[module], after, strict=True)]
+                change = _minus((moved[0], moved[1]), self.state.control.get(module))
+                mine[module] = _plus(mine.get(module), change)
+                moves[module] = _plus(moves.get(module), change)
+        for module, (b, a) in moves.items():
+            self.state.control[module] = _plus(self.state.control.get(module), (b / everybody, a / everybody))
+
+
+def _plus(one: Pair | None, other: Pair) -> Pair:
+    return other if one is None else (one[0] + other[0], one[1] + other[1])
+
+
+def _minus(one: Pair, other: Pair | None) -> Pair:
+    return one if other is None else (one[0] - other[0], one[1] - other[1])
 
 
 def _part(trained: Pair, rest: Pair, scale: float, share: float) -> Part:
