@@ -20,7 +20,11 @@ def federate(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="inline", help="What carries the messages: this process.  [default: inline]"),
+        typer.Option(
+            "--engine",
+            metavar="inline|simulation|deployment",
+            help="What carries the messages: this process, or Flower on this machine or others.  [default: inline]",
+        ),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option("--rounds", metavar="R", help="Rounds of local tuning and aggregation.  [default: 3]")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from honeloom.config.base import Config, LoadIn, ModelInput, RowsConfig, RowsInput
+from honeloom.config.base import Config, LoadIn, ModelInput, NoResultMark, OptionalFileInput, RowsConfig, RowsInput
 from honeloom.federated.config import AggregationRule, SvdConfig
 from honeloom.tuning.config import AdamWConfig, Optimizer
 
-__all__ = ["ClientConfig", "FederateConfig", "PartitionConfig", "ServerConfig"]
+__all__ = ["ClientConfig", "FederateConfig", "PartitionConfig", "ServerConfig", "SuperlinkConfig"]
 
 
 EQUAL_RANKS = ("fedit", "fedex", "rolora")
@@ -47,6 +47,9 @@ class ClientConfig(Config):
     )
     joins: int = Field(1, ge=1, description="First round it takes part in.")
     leaves: int | None = Field(None, ge=1, description="First round it no longer takes part in.")
+    key: OptionalFileInput = Field(
+        None, description="Public key of its SuperNode (PEM or OpenSSH): a node with another key is not asked."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> ClientConfig:
@@ -66,6 +69,25 @@ class ClientConfig(Config):
     def takes_part(self, number: int) -> bool:
         """Whether it is there in a round."""
         return self.joins <= number and (self.leaves is None or number < self.leaves)
+
+
+class SuperlinkConfig(Config):
+    """The SuperLink of a deployment."""
+
+    address: str = Field("127.0.0.1:8000", pattern=r"^[^\s/]+:\d+$", description="host:port, without a prefix.")
+    root_certificates: OptionalFileInput = Field(
+        None, description="Certificate of the authority that signed the SuperLink's; only on this machine may it lack."
+    )
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> SuperlinkConfig:
+        host = self.address.rpartition(":")[0].strip("[]")
+        if self.root_certificates is None and host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"superlink {self.address}: without root_certificates nothing is encrypted, which is for this machine "
+                "alone; give the certificate of the authority that signed the SuperLink's"
+            )
+        return self
 
 
 class ServerConfig(Config):
@@ -115,7 +137,20 @@ class FederateConfig(RowsConfig):
     )
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: the model's limit, at most 2048.")
     load_in: LoadIn = None
-    engine: Literal["inline"] = Field("inline", description="What carries the messages: this process.")
+    engine: Literal["inline", "simulation", "deployment"] = Field(
+        "inline",
+        description="What carries the messages: this process, Flower on this machine, or Flower's SuperLink and its "
+        "SuperNodes, each with a client's rows. The result is the same to the last bit.",
+    )
+    patience: float = Field(
+        60.0, gt=0, description="On Flower: seconds a round waits for nodes that are not connected, once a quorum is."
+    )
+    parallel: Annotated[int, NoResultMark()] = Field(
+        1, ge=1, description="Of a simulation: clients that are trained at a time."
+    )
+    superlink: Annotated[SuperlinkConfig | None, NoResultMark()] = Field(
+        None, description="Of a deployment: where the SuperLink is. Default: 127.0.0.1:8000, not encrypted."
+    )
 
     @field_validator("ranks", mode="before")
     @classmethod
@@ -133,7 +168,9 @@ class FederateConfig(RowsConfig):
             raise ValueError(f"clients: the id {twice[0]!r} is given twice")
         if self.partition is not None and (mine := [c.id for c in self.clients if c.rows]):
             raise ValueError(f"client {mine[0]!r} has rows of its own, and partition splits rows; give one of them")
-        if self.partition is None and (none := [c.id for c in self.clients if not c.rows]):
+        if self.engine == "deployment":
+            self._check_deployment()
+        elif self.partition is None and (none := [c.id for c in self.clients if not c.rows]):
             raise ValueError(f"client {none[0]!r} has no rows; give it some, or use rows and a partition")
         known = {f"client-{k}" for k in range(self.partition.n)} if self.partition is not None else set(ids)
         if strange := [i for i in ids if i not in known]:
@@ -143,8 +180,20 @@ class FederateConfig(RowsConfig):
         ranks = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
         if any(r < 1 for r in ranks) or (not isinstance(self.ranks, int) and len(ranks) != len(known)):
             raise ValueError(f"ranks: one number, or one for each of the {len(known)} clients, each 1 or more")
+        if self.superlink is not None and self.engine != "deployment":
+            raise ValueError(f"superlink is about engine deployment, not {self.engine}; leave it out")
+        if self.parallel != 1 and self.engine != "simulation":
+            raise ValueError(f"parallel is about engine simulation, not {self.engine}; leave it out")
         self._check_rule()
         return self
+
+    def _check_deployment(self) -> None:
+        """Refuse rows, for they stay with the nodes."""
+        if self.rows or any(client.rows for client in self.clients):
+            raise ValueError(
+                "engine deployment: rows stay with the SuperNodes, so none stand here; each is started with "
+                '--node-config \'client="ID" rows="FILE"\''
+            )
 
     def _check_rule(self) -> None:
         """Refuse what the rule cannot do."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from honeloom.errors import HoneloomError
 from honeloom.federated.client import ClientCore, ClientMemory
@@ -18,8 +19,12 @@ MOST_EMPTY = 3
 """Rounds in a row without a quorum after which a federation is given up."""
 
 
-class Silence(str):
-    """Why a client did not reply."""
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Why there is no reply of a client: it is not there, was too slow, or failed."""
+
+    reason: str
+    status: Literal["absent", "late", "rejected"] = "absent"
 
 
 class Engine(Protocol):
@@ -100,7 +105,7 @@ def run_rounds(
             first = False
         for client, reply in engine.exchange(tasks, server.config.deadline):
             if isinstance(reply, Silence):
-                server.fail(client, str(reply))
+                server.fail(client, reply.reason, status=reply.status)
             elif server.ingest(client, reply) == "ok":
                 store.keep_reply(server.state.round + 1, client, reply)
         record = server.finish()

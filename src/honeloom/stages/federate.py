@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
 
-from honeloom.backends.devices import one_thread, release_memory
+from honeloom.backends.devices import choose_device, one_thread, release_memory
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.compare import largest_gap, row_logits
 from honeloom.backends.hf.federated_model import FederatedModel
@@ -19,23 +21,25 @@ from honeloom.checkpoint.writer import TensorStream
 from honeloom.data.rowset import RowSet
 from honeloom.errors import ConfigError, HoneloomError, SourceError
 from honeloom.federated.client import ClientCore
-from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.experiment import Experiment, experiment_name
+from honeloom.federated.federate_config import FederateConfig, SuperlinkConfig
 from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.rounds import InlineEngine, run_rounds
-from honeloom.federated.server import RoundRecord, ServerCore
+from honeloom.federated.server import ServerCore
 from honeloom.federated.store import STATE, RoundStore
 from honeloom.ops.lowrank import compress
-from honeloom.runs.atomic import canonical_json, write_json
+from honeloom.registry import load_target
+from honeloom.runs.atomic import write_json
+from honeloom.runs.journal import read_journal
 from honeloom.stages.row_records import ROWS_FILE, write_questions
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check, Metric
-from honeloom.types.rows import Row
 
 __all__ = ["execute"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-PARTITION = "partition.json"
+PARTITION, HOME = "partition.json", ".flower"
 EXACT = ("flora", "fedex", "ffa", "rolora")
 """Rules whose aggregate is the weighted sum of the updates, up to rounding."""
 
@@ -48,52 +52,125 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     tokenizer = load_tokenizer(found.paths[0])
     if tokenizer is None:
         raise SourceError(f"{found.value}: no tokenizer, so it cannot be tuned on rows; add tokenizer.json")
-    rows = _rows(work)
+    held = _rows(work)
     model = load_model(found.paths[0], loading=Loading.of(config))
     encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
-    port = FederatedModel(model, encoder, rows, targets=config.targets, batch_size=config.batch_size)
+    here = {name: list(table) for name, table in held.items()} if config.engine == "inline" else {}
+    port = FederatedModel(model, encoder, here, targets=config.targets, batch_size=config.batch_size)
+    experiment = _experiment(work, port.modules)
     store = RoundStore(work.dir)
-    state = store.load()
-    if state.round:
-        work.log.say(f"federate: {state.round} of {config.rounds} rounds were done by an interrupted attempt")
-    server = ServerCore(config, _experiment(work), port.modules, state)
+    if done := store.load().round:
+        work.log.say(f"federate: {done} of {config.rounds} rounds were done by an interrupted attempt")
     work.log.say(
-        f"federate: {len(rows)} clients, {sum(map(port.rows, rows))} rows, {config.rounds} rounds of "
-        f"{config.local_steps} steps, {config.aggregation.type} ({config.starts} start)"
+        f"federate: {len(config.members())} clients, {config.rounds} rounds of {config.local_steps} steps, "
+        f"{config.aggregation.type} ({config.starts} start), engine {config.engine}"
     )
-    engine = InlineEngine({name: ClientCore(name, port) for name in rows})
-    with one_thread(port.model.device):  # the server's sums are of the bits that travel
-        run_rounds(server, engine, store, done=lambda record: _tell(work, record, config.rounds))
+    if config.engine == "inline":
+        _run_inline(work, experiment, port, store)
+    else:
+        _run_on_flower(work, experiment, held, store)
     records = store.records()
     if not any(record["applied"] for record in records):
         raise HoneloomError("no round had replies of enough clients, so there is nothing to write; see rounds.jsonl")
-    total = _total(server.state.total(), port.modules)
+    if config.engine == "deployment":
+        write_json(work.dir / PARTITION, {"sha256": None, "clients": _counted(records)})
+    total = _total(store.load().total(), port.modules)
     _write(work, total, port.adapter_config())
-    checks = _verify(work, port, total, records, encoder, rows)
+    checks = _verify(work, port, total, records, _probes(encoder, held))
     discard(work.dir / STATE)
-    return Outcome("adapter", ".", _metrics(records), checks, _details(server, records), "adapter")
+    discard(work.dir / HOME)
+    return Outcome("adapter", ".", _metrics(records), checks, _details(config, records), "adapter")
 
 
-def _rows(work: Work[FederateConfig]) -> dict[str, list[Row]]:
-    """Rows of every client, and the record of who has which."""
+def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]]) -> Experiment:
+    config, found = work.config, work.inputs["model"]
+    # Nodes elsewhere find the base by its hub id; processes of this machine by its path.
+    model = found.value if config.engine == "deployment" else str(found.paths[0])
+    keys = {}
+    for k, client in enumerate(config.clients):
+        if client.key is not None:
+            public_key_hex = load_target("honeloom.backends.flower.engine:public_key_hex")
+            keys[client.id] = public_key_hex(work.inputs[f"clients.{k}.key"].paths[0].read_bytes())
+    name = experiment_name(config, {place: i.fingerprint for place, i in work.inputs.items()})
+    rows = str(work.dir / HOME / "rows") if config.engine == "simulation" else None
+    return Experiment(name, config, modules, work.dir, model, found.fingerprint, rows, keys)
+
+
+def _run_inline(
+    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel, store: RoundStore
+) -> None:  # fmt: skip
+    server = ServerCore(experiment.config, experiment.name, port.modules, store.load())
+    engine = InlineEngine({name: ClientCore(name, port) for name in port.clients()})
+    with one_thread(port.model.device):  # the server's sums are of the bits that travel
+        run_rounds(server, engine, store, done=lambda r: _tell(work, r.to_json()))
+
+
+def _run_on_flower(
+    work: Work[FederateConfig], experiment: Experiment, held: Mapping[str, RowSet], store: RoundStore
+) -> None:
+    """Leave to Flower's processes what they need, start them, and tell what they write."""
+    config, home = work.config, work.dir / HOME
+    launch = load_target("honeloom.backends.flower.launch:run_app")
+    connection = None
+    if config.engine == "deployment":
+        link = config.superlink or SuperlinkConfig()
+        roots = work.inputs["superlink.root_certificates"].paths[0] if link.root_certificates else None
+        connection = load_target("honeloom.backends.flower.launch:Connection")(link.address, roots)
+    discard(home)
+    (home / "rows").mkdir(parents=True)
+    for name, table in held.items():
+        write_json(home / "rows" / f"{name}.json", _listed(table))
+    experiment.write(home / "experiment.json")
+    told, events = len(store.records()), 0
+
+    def tick() -> None:
+        nonlocal told, events
+        said = list(read_journal(home / "events.jsonl"))
+        for event in said[events:]:
+            work.log.say(f"federate: {event['text']}")
+        records = store.records()
+        for record in records[told:]:
+            _tell(work, record)
+        told, events = len(records), len(said)
+
+    gpus = 1 / config.parallel if config.engine == "simulation" and choose_device(config.device).type == "cuda" else 0.0
+    launch(home, tick, connection=connection, nodes=len(config.members()), parallel=config.parallel, gpus=gpus)
+    if len(store.records()) < config.rounds:
+        raise HoneloomError(
+            f"the run on Flower ended in round {len(store.records()) + 1} of {config.rounds}, without saying why; its "
+            f"log is {home / 'run.log'}; go on with --resume"
+        )
+
+
+def _listed(table: RowSet) -> list[dict[str, Any]]:
+    """Where a simulated client finds its rows: files, and lines in them."""
+    return [{"file": {**asdict(f), "path": str(f.path)}, "lines": lines.tolist()} for f, lines in table.places()]
+
+
+def _rows(work: Work[FederateConfig]) -> dict[str, RowSet]:
+    """Rows of every client that are here, and the record of who has which."""
     config = work.config
+    if config.engine == "deployment":
+        return {}
     if config.partition is not None:
         table = scan(work)
         parts = partition(table, config.partition, seed=config.seed)
         write_json(work.dir / PARTITION, partition_record(table, parts))
         write_questions(work.dir / ROWS_FILE, table)
-        place = {i: name for name, places in parts.items() for i in places}
-        found: dict[str, list[Row]] = {name: [] for name in parts}
-        for i, row in enumerate(table):
-            found[place[i]].append(row)
-        return found
+        return {name: table.take(places) for name, places in parts.items()}
     tables = {client.id: scan(work, field=f"clients.{k}.rows") for k, client in enumerate(config.clients)}
     records = [partition_record(table, {name: range(len(table))}) for name, table in tables.items()]
     clients = [client for record in records for client in record["clients"]]
     digest = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
     write_json(work.dir / PARTITION, {"sha256": digest, "clients": clients})
     write_questions(work.dir / ROWS_FILE, _Chained(tables))
-    return {name: list(table) for name, table in tables.items()}
+    return tables
+
+
+def _counted(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows that stayed with their nodes nothing is known but their number."""
+    counts = {c["id"]: c["rows"] for record in records for c in record["clients"] if c["status"] == "ok"}
+    return [{"id": name, "rows": count} for name, count in counts.items()]
 
 
 class _Chained:
@@ -109,26 +186,20 @@ class _Chained:
         return (row for table in self._tables.values() for row in table)
 
 
-def _experiment(work: Work[FederateConfig]) -> str:
-    """A name that settings and inputs decide, so that an interrupted federation goes on under it."""
-    inputs = {place: found.fingerprint for place, found in work.inputs.items()}
-    text = canonical_json({"config": work.config.model_dump(mode="json", exclude={"engine"}), "inputs": inputs})
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _tell(work: Work[FederateConfig], record: RoundRecord, rounds: int) -> None:
-    ok = [c for c in record.clients if c.status == "ok"]
-    for client in record.clients:
-        work.log.event("client", round=record.round, client=client.id, status=client.status, seconds=client.seconds)
-        if client.status != "ok":
-            work.log.warn(f"round {record.round}: {client.id} {client.status}: {client.reason or 'no reply'}")
-    if not record.applied:
-        work.log.warn(f"round {record.round}: {len(ok)} of {len(record.clients)} clients replied; nothing changed")
+def _tell(work: Work[FederateConfig], record: Mapping[str, Any]) -> None:
+    clients, number = record["clients"], record["round"]
+    ok = [c for c in clients if c["status"] == "ok"]
+    for client in clients:
+        work.log.event("client", round=number, client=client["id"], status=client["status"], seconds=client["seconds"])
+        if client["status"] != "ok":
+            work.log.warn(f"round {number}: {client['id']} {client['status']}: {client['reason'] or 'no reply'}")
+    if not record["applied"]:
+        work.log.warn(f"round {number}: {len(ok)} of {len(clients)} clients replied; nothing changed")
         return
-    after = sum((c.loss_after or 0.0) * c.rows for c in ok) / sum(c.rows for c in ok)
+    after = sum((c["loss_after"] or 0.0) * c["rows"] for c in ok) / sum(c["rows"] for c in ok)
     work.log.say(
-        f"round {record.round}/{rounds}: {len(ok)} clients, loss {after:.4f}, rank {record.rank}, "
-        f"error {record.error:.1e}"
+        f"round {number}/{work.config.rounds}: {len(ok)} clients, loss {after:.4f}, rank {record['rank']}, "
+        f"error {record['error']:.1e}"
     )
 
 
@@ -158,13 +229,19 @@ def _write(work: Work[FederateConfig], total: Mapping[str, Pair], like: Mapping[
     copy_tokenizer(found.paths[0], work.dir)
 
 
+def _probes(encoder: Encoder, held: Mapping[str, RowSet]) -> list[list[int]]:
+    """Token sequences on which models are compared: of the first client's rows, else of some plain text."""
+    rows = [row for row in islice(next(iter(held.values()), ()), 4) if row.kind != "choice"]
+    if rows:
+        return [list(encoder.encode(row).ids) for row in rows]
+    return [encoder.tokenizer.encode(text) for text in ("What is it that you do?", "Once upon a time there was a")]
+
+
 def _verify(
     work: Work[FederateConfig], port: FederatedModel, total: Mapping[str, Pair], records: Sequence[Mapping[str, Any]],
-    encoder: Encoder, rows: Mapping[str, Sequence[Row]],
+    probes: Sequence[list[int]],
 ) -> tuple[Check, ...]:  # fmt: skip
     """Load the saved adapter and compare its logits with those of the model of the clients."""
-    first = next(iter(rows.values()))
-    probes = [list(encoder.encode(row).ids) for row in first[:4] if row.kind != "choice"]
     expected = row_logits(port.hold(total), probes)
     del port
     release_memory()
@@ -193,17 +270,17 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     return tuple(found)
 
 
-def _details(server: ServerCore, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As the contract has it."""
     clients = []
-    for member in server.members.values():
+    for member in config.members():
         mine = {r["round"]: c for r in records for c in r["clients"] if c["id"] == member.id}
         seen = [mine.get(r["round"]) for r in records]
         last = [c for c in seen if c is not None]
         clients.append(
             {
                 "id": member.id,
-                "rank": last[-1]["rank"] if last else server.rank(member),
+                "rank": last[-1]["rank"] if last else member.rank_in(1, 0),
                 "rows": max((c["rows"] for c in last), default=0),
                 "status": [c["status"] if c else "absent" for c in seen],
                 "reasons": {
@@ -218,8 +295,8 @@ def _details(server: ServerCore, records: Sequence[Mapping[str, Any]]) -> dict[s
         "rounds": len(records),
         "global_sha256": records[-1]["sha256"],
         "epsilon": None,
-        "aggregation": server.config.aggregation.type,
-        "start": server.config.starts,
+        "aggregation": config.aggregation.type,
+        "start": config.starts,
         "relative_error": max((r["error"] for r in records if r["applied"]), default=None),
         "clients": clients,
     }

@@ -14,6 +14,7 @@ from honeloom.backends.hf.load import load_config, load_tokenizer, max_positions
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.reader import read_rows
 from honeloom.data.rowset import RowSet
+from honeloom.data.sources import RowFile
 from honeloom.data.writer import convert_rows, row_ending
 from honeloom.errors import ConfigError, OutputExistsError, RowsError, SourceError, TemplateError
 from honeloom.runs.atomic import fsync_dir
@@ -21,30 +22,30 @@ from honeloom.stages.inputs import resolve_model, resolve_rows
 from honeloom.stages.work import Work
 from honeloom.types.rows import Rejected, Row
 
-__all__ = ["convert", "limit_text", "place_of", "preview", "scan", "tell_rejected"]
+__all__ = ["convert", "limit_text", "place_of", "preview", "read_split", "scan", "tell_rejected"]
 
 
 def scan(work: Work[Any], *, field: str = "rows", near_duplicates: float | None = None, dedup: bool = True) -> RowSet:
     """Read a stage's rows, and tell what was rejected; `limit` and `split` are not for a target."""
     config = work.config
-    files = [f for i in work.rows(field) for f in i.files]
-    rows = RowSet.scan(
-        files,
-        limit=None if field == "target" else config.limit,
-        strict=config.strict,
-        max_bad=config.max_bad,
-        dedup=dedup,
+    target = field == "target"
+    rows = read_split(
+        [f for i in work.rows(field) for f in i.files], limit=None if target else config.limit,
+        split=None if target else config.split, strict=config.strict, max_bad=config.max_bad, dedup=dedup,
         near_duplicates=near_duplicates,
-    )
+    )  # fmt: skip
     tell_rejected(work, rows)
-    return rows if config.split is None or field == "target" else _part(rows, *config.split)
+    return rows
 
 
-def _part(rows: RowSet, start: float, stop: float) -> RowSet:
-    """The rows whose id lies in [start, stop)."""
-    chosen = [i for i, row_id in enumerate(rows.ids) if start <= place_of(row_id) < stop]
+def read_split(files: Sequence[RowFile], *, split: tuple[float, float] | None, **reading: Any) -> RowSet:
+    """Read the rows whose id lies in [start, stop) of `split`, or all; `reading` is of `RowSet.scan`."""
+    rows = RowSet.scan(files, **reading)
+    if split is None:
+        return rows
+    chosen = [i for i, row_id in enumerate(rows.ids) if split[0] <= place_of(row_id) < split[1]]
     if not chosen:
-        raise RowsError(f"split {start}-{stop}: none of the {len(rows)} rows lies in it; widen it")
+        raise RowsError(f"split {split[0]}-{split[1]}: none of the {len(rows)} rows lies in it; widen it")
     return rows.take(chosen)
 
 

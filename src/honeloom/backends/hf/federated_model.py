@@ -57,8 +57,10 @@ class FederatedModel:
         self.encoder = encoder
         self.batch_size = batch_size
         self.targets = targets
-        self._rows = {name: _encoded(encoder, mine, name) for name, mine in rows.items()}
-        self._measured = {name: _sample(mine) for name, mine in rows.items()}
+        self._rows: dict[str, list[Encoded]] = {}
+        self._measured: dict[str, list[Row]] = {}
+        for name, mine in rows.items():
+            self.admit(name, mine)
         self._frozen_rank = 0
         try:
             self.model = get_peft_model(model, self._config(1), adapter_name="r1").eval()
@@ -77,6 +79,21 @@ class FederatedModel:
         """Settings of an adapter on these modules, as PEFT writes them."""
         config = self.model.peft_config["r1"].to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+    def admit(self, client: str, rows: Sequence[Row]) -> None:
+        """Take in a client's rows.
+
+        Raises
+        ------
+        RowsError
+            None of them has a trainable token.
+        """
+        self._rows[client] = _encoded(self.encoder, rows, client)
+        self._measured[client] = _sample(rows)
+
+    def clients(self) -> list[str]:
+        """Whose rows are here."""
+        return list(self._rows)
 
     def rows(self, client: str) -> int:
         """How many rows of a client can be trained on."""

@@ -1,0 +1,1 @@
+"""Flower: what carries a federation between machines, and honeloom as a part of other Flower apps."""
