@@ -5,8 +5,10 @@ No other module imports `fcntl`, `msvcrt` or `resource`, or asks which system it
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = [
-    "WINDOWS", "address_space_limit", "available_memory", "copy_file", "drop_lock", "forget_pages", "peak_rss",
+    "WINDOWS", "address_space_limit", "available_memory", "copy_file", "drop_lock", "end_with_parent", "forget_pages",
+    "peak_rss",
     "replace", "sync_folder", "try_lock", "unportable",
 ]  # fmt: skip
 
@@ -28,7 +31,6 @@ _UNLIMITED = 1 << 60  # cgroup 1 says "no limit" with a number near 2**63
 
 
 if sys.platform == "win32":
-    import ctypes
     import msvcrt
 
     def try_lock(fd: int) -> None:
@@ -177,6 +179,12 @@ def _linux_memory(root: Path) -> int:
     found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     free = found.get("MemAvailable", found.get("MemFree", 0))
     return max(0, min([free, *_group_memory(root)]))
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process once its parent is killed; only Linux does that, elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _group_memory(root: Path) -> Iterator[int]:

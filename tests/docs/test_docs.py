@@ -35,7 +35,12 @@ _BLOCK = re.compile(
 )
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*")
 _SHELL = set("|<>&;$`*")
-_OTHER_TOOLS = {"--help", "--version", "--config_file", "--num_processes", "--nproc-per-node"}
+_OTHER_TOOLS = {
+    "--help", "--version", "--config_file", "--num_processes", "--nproc-per-node", "--auth-supernode-private-key",
+    "--database", "--disable-runtime-dependency-installation", "--enable-supernode-auth", "--host", "--insecure",
+    "--node-config", "--port", "--root-certificates", "--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile",
+    "--stream", "--superlink",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _NAME = re.compile(
 )
 _ROW_ELEMENTS = 1 << 18
 
-_REFUSED: Mapping[str, str] = {
+REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA rescales the whole weight",
     "lora_bias": "its factors have biases",
     "trainable_token_indices": "it replaces token embeddings",
@@ -49,7 +49,7 @@ _NOT_PLAIN: Mapping[str, str] = {
 }
 """Settings under which the factors still add up, but are no plain addition to the base's tensors on disk."""
 
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of init_lora_weights, or their beginnings, that also take the first B @ A out of the base."""
 
 
@@ -280,11 +280,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"{file}: peft_type is {kind!r}; only LORA adapters can be merged here")
-    for key, reason in _REFUSED.items():
+    for key, reason in REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{file}: {key} is set, and {reason}; merge it with the library that made it first")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise CheckpointError(
             f"{file}: init_lora_weights is {start!r}, so it fits a base that was changed when it began; save it again "
             "with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"

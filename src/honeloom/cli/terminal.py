@@ -139,6 +139,8 @@ class Terminal:
         for plan in plans:
             if plan.needs is not None:
                 self._show_needs(plan.stage, plan.needs)
+            for note in plan.notes:
+                self.say(f"  {note}")
             if plan.push_to_hub:
                 self.say(f"then pushed to {plan.push_to_hub} on the hub; a new repository is private")
 

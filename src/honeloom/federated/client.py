@@ -119,8 +119,8 @@ def split_shared(
 ) -> tuple[dict[str, Pair], dict[str, Pair]]:
     """Begin with the first `rank` columns of shared factors, whose scale is 1, and keep the others beside or not.
 
-    Columns that are lacking begin with zeros in B and A: they stay out of the update until they are
-    trained, which needs one of the two; so A is that of a fresh adapter, drawn by seed 0.
+    Columns that are lacking, or zero in both factors, add nothing, and as zeros they could not be
+    trained: their A is that of a fresh adapter, drawn by seed 0.
     """
     start, rest = {}, {}
     for module, (m, n) in modules.items():
@@ -131,6 +131,9 @@ def split_shared(
             _, more = fresh_factors({module: (m, n)}, rank, 0, "lacking")[module]
             mine_b = torch.cat([mine_b, torch.zeros(m, lacking)], dim=1)
             mine_a = torch.cat([mine_a, more[-lacking:]], dim=0)
+        dead = ~(mine_b.any(dim=0) | mine_a.any(dim=1))
+        if bool(dead.any()):
+            mine_a = torch.where(dead[:, None], fresh_factors({module: (m, n)}, rank, 0, "lacking")[module][1], mine_a)
         start[module] = (mine_b.contiguous(), mine_a.contiguous())
         if keep and b.shape[1] > rank:
             rest[module] = (b[:, rank:].contiguous(), a[rank:].contiguous())

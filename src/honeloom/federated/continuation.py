@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from honeloom.federated.federate_config import FederateConfig
-
 __all__ = ["Continuation", "continuation_of"]
 
 Trains = Literal["both", "a", "b"]
@@ -54,8 +52,8 @@ _RULES = {
 }
 
 
-def continuation_of(config: FederateConfig) -> Continuation:
-    """That of the rule; a rule of a plug-in begins anew every round, which is right for any."""
-    if config.starts == "reset":
+def continuation_of(rule: str, *, reset: bool = False) -> Continuation:
+    """That of a rule; a rule of a plug-in begins anew every round, which is right for any, as `reset` does."""
+    if reset:
         return Continuation("fresh", alike=False)
-    return _RULES.get(config.aggregation.type, Continuation("fresh", alike=False))
+    return _RULES.get(rule, Continuation("fresh", alike=False))

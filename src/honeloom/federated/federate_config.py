@@ -9,9 +9,17 @@ from pydantic import Field, field_validator, model_validator
 
 from honeloom.config.base import Config, LoadIn, ModelInput, NoResultMark, OptionalFileInput, RowsConfig, RowsInput
 from honeloom.federated.config import AggregationRule, SvdConfig
+from honeloom.federated.privacy import MODES, Mode, mode_of
 from honeloom.tuning.config import AdamWConfig, Optimizer
 
-__all__ = ["ClientConfig", "FederateConfig", "PartitionConfig", "ServerConfig", "SuperlinkConfig"]
+__all__ = [
+    "ClientConfig",
+    "FederateConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "ServerConfig",
+    "SuperlinkConfig",
+]
 
 
 EQUAL_RANKS = ("fedit", "fedex", "rolora")
@@ -66,6 +74,11 @@ class ClientConfig(Config):
             return self.rank or default
         return self.rank[max(r for r in self.rank if r <= number)]
 
+    @property
+    def largest_rank(self) -> int:
+        """Over the rounds; 0 where it is still the default's."""
+        return max(self.rank.values()) if isinstance(self.rank, dict) else self.rank or 0
+
     def takes_part(self, number: int) -> bool:
         """Whether it is there in a round."""
         return self.joins <= number and (self.leaves is None or number < self.leaves)
@@ -75,8 +88,9 @@ class SuperlinkConfig(Config):
     """The SuperLink of a deployment."""
 
     address: str = Field("127.0.0.1:8000", pattern=r"^[^\s/]+:\d+$", description="host:port, without a prefix.")
-    root_certificates: OptionalFileInput = Field(
-        None, description="Certificate of the authority that signed the SuperLink's; only on this machine may it lack."
+    root_certificates: str | None = Field(
+        None,
+        description="File: certificate of the authority that signed the SuperLink's; only on this machine may it lack.",
     )
 
     @model_validator(mode="after")
@@ -88,6 +102,48 @@ class SuperlinkConfig(Config):
                 "alone; give the certificate of the authority that signed the SuperLink's"
             )
         return self
+
+
+class PrivacyConfig(Config):
+    """Who may see what of a client."""
+
+    mode: Mode | None = Field(
+        None, description="flora-stack: everybody each client's factors; flora-svd: the server those, other clients "
+        "their compressed sum; average: the server those, other clients their average. Default: that of the rule."
+    )  # fmt: skip
+    secagg: Literal[False] = Field(False, description="Secure aggregation; no rule on LoRA factors can work under it.")
+    dp: None = Field(None, description="Differential privacy; not for LoRA factors.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        why = {
+            "dense-sum": "the server would need each weight's dense update under secure aggregation, which honeloom "
+            "does not offer for LoRA",
+            "seed-pool": "it is about zeroth-order clients, whose messages are sums over seeds",
+        }
+        if value in why:
+            raise ValueError(f"{value} is not to be had here: {why[value]}; use flora-stack, flora-svd or average")
+        return value
+
+    @field_validator("secagg", mode="before")
+    @classmethod
+    def _no_secagg(cls, value: Any) -> Any:
+        if value:
+            raise ValueError(
+                "secure aggregation hides all but sums from the server, and every rule here needs each client's A and "
+                "B: stacking and sums of products their product, and averages the check of each; leave it out"
+            )
+        return False
+
+    @field_validator("dp", mode="before")
+    @classmethod
+    def _no_dp(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(
+                "noise on A and B alone bounds nothing about their product, so no epsilon could be told; leave dp out"
+            )
+        return None
 
 
 class ServerConfig(Config):
@@ -128,6 +184,8 @@ class FederateConfig(RowsConfig):
         None, description="Where a round's adapters begin: at the aggregate, or anew beside it. Default: the rule's."
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="Optimizer of the server.")
+    uplink: Literal["tensors"] = Field("tensors", description="What clients send: the factors of their adapters.")
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="Who may see what of a client.")
     weights: Literal["rows", "equal"] = Field("rows", description="Share of a client: by its rows, or the same.")
     participation: float = Field(1.0, gt=0, le=1, description="Share of the clients that a round asks, at least one.")
     quorum: float = Field(0.5, gt=0, le=1, description="Share of those asked without whom a round changes nothing.")
@@ -151,6 +209,16 @@ class FederateConfig(RowsConfig):
     superlink: Annotated[SuperlinkConfig | None, NoResultMark()] = Field(
         None, description="Of a deployment: where the SuperLink is. Default: 127.0.0.1:8000, not encrypted."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rule_of_mode(cls, data: Any) -> Any:
+        """A mode without a rule means the mode's first."""
+        privacy = data.get("privacy") if isinstance(data, dict) else None
+        mode = privacy.get("mode") if isinstance(privacy, dict) else None
+        if isinstance(mode, str) and mode in MODES and "aggregation" not in data:
+            return {**data, "aggregation": MODES[mode][0]}
+        return data
 
     @field_validator("ranks", mode="before")
     @classmethod
@@ -198,6 +266,11 @@ class FederateConfig(RowsConfig):
     def _check_rule(self) -> None:
         """Refuse what the rule cannot do."""
         rule, averages = self.aggregation.type, ("fedit", "ffa")
+        mode, has = self.privacy.mode, mode_of(rule)
+        if mode is not None and mode != has:
+            raise ValueError(
+                f"privacy mode {mode}: aggregation {rule} is of mode {has}; use {', '.join(MODES[mode])}, or that mode"
+            )
         if self.scaffold and (self.optimizer.type != "sgd" or rule not in averages):
             raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
         if self.server.type in ("adam", "yogi", "adagrad") and rule not in averages:

@@ -25,7 +25,7 @@ from honeloom.ops.noise import keyed_uniform
 from honeloom.registry import family
 from honeloom.types.updates import Combined, Part
 
-__all__ = ["ClientRecord", "RoundRecord", "ServerCore", "ServerState"]
+__all__ = ["ClientRecord", "RoundRecord", "ServerCore", "ServerState", "kept_part", "outliers"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 FEWEST_TO_JUDGE = 3
@@ -152,7 +152,7 @@ class ServerCore:
         self.modules = dict(sorted(modules.items()))
         self.state = state or ServerState()
         self.members = {client.id: client for client in config.members()}
-        self.how: Continuation = continuation_of(config)
+        self.how: Continuation = continuation_of(config.aggregation.type, reset=config.starts == "reset")
         self._rule: Callable[..., Combined] = family("aggregation").load(config.aggregation.type)
         self._settings = config.aggregation.model_dump(exclude={"type"}, exclude_none=True)
         self._optimizer = ServerOptimizer(config.server)
@@ -213,6 +213,7 @@ class ServerCore:
             reply = decode_reply(data, manifest)
             self._check(record, reply)
         except MessageError as error:
+            self.state.held[client] = 0  # what it holds by now is not known
             return self._refuse(record, str(error))
         if reply.round != self.state.round + 1:
             record.status, record.reason = "late", f"a reply of round {reply.round}"
@@ -233,6 +234,7 @@ class ServerCore:
         record = self._of(client)
         if record is not None and client not in self._replies:
             record.status, record.reason = status, reason
+            self.state.held[client] = 0  # it may have taken the task in, or come back without a memory
 
     def _of(self, client: str) -> ClientRecord | None:
         clients = self._record.clients if self._record else []
@@ -288,25 +290,17 @@ class ServerCore:
 
     def _refuse_outliers(self, record: RoundRecord) -> None:
         ok = [r for r in record.clients if r.status == "ok" and r.norm is not None]
-        if len(ok) < FEWEST_TO_JUDGE:
-            return
-        norms = {r.id: r.norm or 0.0 for r in ok}
-        for r in ok:
-            middle = statistics.median(norm for name, norm in norms.items() if name != r.id)
-            if norms[r.id] > self.config.outlier * middle:
-                self._refuse(
-                    r, f"norm {norms[r.id]:.3g} of its update is over {self.config.outlier:g} times {middle:.3g}"
-                )
+        for place, reason in outliers([r.norm or 0.0 for r in ok], self.config.outlier).items():
+            self._refuse(ok[place], reason)
 
     def _aggregate(self, record: RoundRecord, clients: Sequence[ClientRecord], replies: Sequence[TrainReply]) -> None:
         rows = [1 if self.config.weights == "equal" else reply.rows for reply in replies]
         shares = [n / sum(rows) for n in rows]
         rests = [self._begun(client)[1] for client in clients]
         combined, squares = {}, [0.0, 0.0]
-        for module, (m, n) in self.modules.items():
-            none = (torch.zeros(m, 0), torch.zeros(0, n))
+        for module in self.modules:
             parts = [
-                _part(reply.factors[module], rest.get(module, none), self._alpha(c.rank) / c.rank, share)
+                kept_part(reply.factors[module], rest.get(module), self._alpha(c.rank) / c.rank, share)
                 for c, reply, rest, share in zip(clients, replies, rests, shares, strict=True)
             ]
             try:
@@ -372,10 +366,23 @@ def _minus(one: Pair, other: Pair | None) -> Pair:
     return one if other is None else (one[0] - other[0], one[1] - other[1])
 
 
-def _part(trained: Pair, rest: Pair, scale: float, share: float) -> Part:
+def outliers(norms: Sequence[float], times: float) -> dict[int, str]:
+    """Places of norms that are over `times` the median of the others, and why; none among fewer than three.
+
+    Where most did not move at all, nothing can be said about who did.
+    """
+    found = {}
+    for place, norm in enumerate(norms if len(norms) >= FEWEST_TO_JUDGE else ()):
+        middle = statistics.median(other for k, other in enumerate(norms) if k != place)
+        if norm > times * middle > 0:
+            found[place] = f"norm {norm:.3g} of its update is over {times:g} times {middle:.3g}"
+    return found
+
+
+def kept_part(trained: Pair, rest: Pair | None, scale: float, share: float) -> Part:
     """A client's update beside what is frozen for everybody: what it trained, and what it kept of the aggregate."""
     b, a = trained[0].float(), trained[1].float()
-    if not rest[0].shape[1]:
+    if rest is None or not rest[0].shape[1]:
         return Part(b, a, scale, share)
     return Part(torch.cat([b * scale, rest[0]], dim=1), torch.cat([a, rest[1]], dim=0), 1.0, share)
 

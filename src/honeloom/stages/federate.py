@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from honeloom.federated.client import ClientCore
 from honeloom.federated.experiment import Experiment, experiment_name
 from honeloom.federated.federate_config import FederateConfig, SuperlinkConfig
 from honeloom.federated.partition import partition, partition_record
+from honeloom.federated.privacy import exposure_of
 from honeloom.federated.rounds import InlineEngine, run_rounds
 from honeloom.federated.server import ServerCore
 from honeloom.federated.store import STATE, RoundStore
@@ -114,7 +116,9 @@ def _run_on_flower(
     connection = None
     if config.engine == "deployment":
         link = config.superlink or SuperlinkConfig()
-        roots = work.inputs["superlink.root_certificates"].paths[0] if link.root_certificates else None
+        roots = Path(link.root_certificates).expanduser().resolve() if link.root_certificates else None
+        if roots is not None and not roots.is_file():
+            raise ConfigError(f"superlink.root_certificates {link.root_certificates!r}: no such file")
         connection = load_target("honeloom.backends.flower.launch:Connection")(link.address, roots)
     discard(home)
     (home / "rows").mkdir(parents=True)
@@ -295,6 +299,9 @@ def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> di
         "rounds": len(records),
         "global_sha256": records[-1]["sha256"],
         "epsilon": None,
+        "privacy": {**asdict(exposure_of(config)), "secagg": False, "dp": None},
+        "uplink": config.uplink,
+        "engine": config.engine,
         "aggregation": config.aggregation.type,
         "start": config.starts,
         "relative_error": max((r["error"] for r in records if r["applied"]), default=None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -15,6 +16,8 @@ from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
 from honeloom.config.load import parse_scalar
 from honeloom.errors import CheckpointError, ConfigError, HoneloomError
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.privacy import exposure_of, mode_of
 from honeloom.planning import FSDP_PROFILE
 from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
@@ -22,7 +25,7 @@ from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.runner import Job
-from honeloom.tuning.config import TuneConfig
+from honeloom.tuning.config import Optimizer, TuneConfig
 from honeloom.types.plans import Needs, Setting, StagePlan
 
 __all__ = ["describe_needs", "plan_job", "work_of"]
@@ -63,7 +66,7 @@ def plan_job(job: Job, name: str, state: str, *, calibrate: bool = False, consol
             raise ConfigError(f"--calibrate needs a known model: {needs.unknown if needs else 'there is none'}")
         tokens, steps, seconds = load_target("honeloom.stages.calibrate:calibrate")(job.config, job.inputs, console)
         needs = replace(needs, tokens=tokens, steps=steps, seconds=seconds)
-    return replace(plan, needs=needs)
+    return replace(plan, needs=needs, notes=_notes(job))
 
 
 def describe_needs(job: Job) -> Needs | None:
@@ -75,7 +78,7 @@ def describe_needs(job: Job) -> Needs | None:
         From `prepare`. Of a hub model that is not in the cache only config.json is fetched.
     """
     config = job.config
-    if job.verb.name not in ("tune", "evaluate", "select", "drop") or "model" not in job.inputs:
+    if job.verb.name not in ("tune", "evaluate", "select", "drop", "federate") or "model" not in job.inputs:
         return None
     try:
         settings = _model_config(job)
@@ -179,21 +182,51 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
         tokens or min(longest, config.max_length or DEFAULT_MAX_TOKENS),
         dtype=config.dtype if config.dtype != "auto" else "bf16" if gpu else "fp32",
         load_in=getattr(config, "load_in", None) or stored_bits(settings),
-        eager=config.attn == "eager",
+        eager=getattr(config, "attn", None) == "eager",
         host=not gpu,
     )
     if isinstance(config, SelectConfig) and (tuned := config.method.tunes()):
         return replace(work, mode="lora", rank=tuned[0], batch_size=tuned[1], states=2)
+    if isinstance(config, FederateConfig):
+        rank = max(client.largest_rank for client in config.members())
+        return replace(work, mode="lora", rank=rank, states=_states(config.optimizer))
     if not isinstance(config, TuneConfig):
         return work
     return replace(
         work,
         mode=config.method.type,
         rank=getattr(config.method, "rank", 0),
-        states=2 if config.optimizer.type == "adamw" else int(config.optimizer.momentum > 0),
+        states=_states(config.optimizer),
         accumulate=config.accumulate,
         checkpointing=config.gradient_checkpointing,
     )
+
+
+def _states(optimizer: Optimizer) -> int:
+    """Tensors that an optimizer keeps per weight."""
+    return 2 if optimizer.type == "adamw" else int(optimizer.momentum > 0)
+
+
+def _notes(job: Job) -> tuple[str, ...]:
+    """What a federation's operator should know: who sees what, and bytes per round."""
+    config = job.config
+    if not isinstance(config, FederateConfig):
+        return ()
+    settings = _model_config(job)
+    traffic: tuple[str, ...] = ()
+    if settings is not None and config.targets == "all-linear":
+        unit = 4 * read_decoder(settings).adapter_widths
+        up = [client.rank_in(1, 0) * unit for client in config.members()]
+        most, asked = max(up), math.ceil(config.participation * len(up))
+        down = {"flora-stack": sum(sorted(up)[-asked:])}.get(mode_of(config.aggregation.type), most)
+        traffic = (
+            f"traffic per round and client: up {_mb(min(up))} to {_mb(most)}, down {_mb(down)} at most, before framing",
+        )
+    return (*exposure_of(config).lines(), *traffic)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"
 
 
 def _tuning_settings(work: Work, stored: str | None) -> Iterator[tuple[str, str, Work]]:
@@ -242,7 +275,13 @@ def _disk(job: Job, decoder: Decoder, work: Work) -> int:
     )
 
 
-_PLACES = {"tune": ("model", "rows"), "select": ("rows",), "evaluate": ("model",), "drop": ("model",)}
+_PLACES = {
+    "tune": ("model", "rows"),
+    "select": ("rows",),
+    "evaluate": ("model",),
+    "drop": ("model",),
+    "federate": ("model",),
+}
 """Settings that stand as arguments, in their order."""
 
 

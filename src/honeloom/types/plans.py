@@ -152,6 +152,7 @@ class StagePlan:
     config: Mapping[str, Any]
     push_to_hub: str | None = None
     needs: Needs | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from honeloom.errors import HoneloomError
+from honeloom.system import end_with_parent
 
 __all__ = ["EVENTS", "EXPERIMENT", "FAILED", "FOLDER", "Connection", "run_app"]
 
@@ -39,8 +39,8 @@ dependencies = []
 publisher = "honeloom"
 
 [tool.flwr.app.components]
-serverapp = "honeloom.flower_app.server_app:app"
-clientapp = "honeloom.flower_app.client_app:app"
+serverapp = "honeloom.flower.server_app:app"
+clientapp = "honeloom.flower.client_app:app"
 
 [tool.flwr.app.config]
 {folder} = ""
@@ -150,7 +150,7 @@ def _process(home: Path, program: str, arguments: Sequence[str], log: str) -> It
     with open(home / log, "ab") as out:
         process = subprocess.Popen(
             [_program(program), *arguments], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=_environment(home), start_new_session=True, preexec_fn=_end_with_parent, cwd=home,
+            env=_environment(home), start_new_session=True, preexec_fn=end_with_parent, cwd=home,
         )  # fmt: skip
     try:
         yield process
@@ -173,12 +173,6 @@ def _environment(home: Path) -> Mapping[str, str]:
         **os.environ, "PATH": path, "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process should its parent be killed (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -29,6 +29,8 @@ from honeloom.stages.rows import read_split
 from honeloom.types.rows import Rejected, Row
 
 app = ClientApp()
+_admitted: dict[str, str] = {}
+"""Where the rows of this process's clients came from."""
 
 
 @app.query()  # type: ignore[untyped-decorator]
@@ -83,8 +85,10 @@ def _port(setup: ClientSetup, name: str, context: Context) -> FederatedModel:
     settings = {**setup.settings, **({"device": str(node["device"])} if "device" in node else {})}
     _check_base(setup, model, context)
     port = _model(model, json.dumps(settings, sort_keys=True))
-    if name not in port.clients():
+    source = f"{setup.rows or node.get('rows')}"
+    if name not in port.clients() or _admitted.get(name) != source:
         port.admit(name, list(_rows(setup, name, node.get("rows"))))
+        _admitted[name] = source
     return port
 
 

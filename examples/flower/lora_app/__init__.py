@@ -1,0 +1,1 @@
+"""A Flower app whose clients have LoRA adapters of different ranks."""

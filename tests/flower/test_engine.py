@@ -1,0 +1,320 @@
+"""Our messages over a Flower grid: who is asked, what is waited for, and what a client process does; no processes."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from honeloom.backends.flower import engine as flower
+from honeloom.backends.flower.engine import FlowerEngine, pack, public_key_hex, unpack
+from honeloom.config.base import validate
+from honeloom.errors import ConfigError, MessageError
+from honeloom.federated.client import ClientMemory
+from honeloom.federated.experiment import ClientSetup, Experiment, experiment_name
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.messages import Manifest, TrainTask, decode_reply, encode
+from honeloom.federated.rounds import Silence
+from honeloom.federated.server import ServerState
+from honeloom.flower import client_app
+
+MODULES = {"q": (4, 3)}
+
+
+def experiment(folder, keys=(), **changes):
+    given = {"model": "m", "clients": [{"id": "a"}, {"id": "b"}, {"id": "c"}], "engine": "deployment", "patience": 0.2,
+             **changes}  # fmt: skip
+    config = validate(FederateConfig, given, what="test")
+    return Experiment("exp", config, MODULES, folder, "m", "base", None, dict(keys))
+
+
+class FakeGrid:
+    """Nodes that answer after some looks; `answers` makes a reply of (node, round), or None for silence."""
+
+    def __init__(self, nodes, answers=None):
+        self.nodes, self.sent, self.numbers = dict(nodes), [], itertools.count()
+        self.answers = answers or (lambda node, number: f"{self.nodes[node]['client']}-{number}".encode())
+        self.waiting = {}
+        self.looks = 0
+
+    def get_nodes(self):
+        self.looks += 1
+        return [
+            SimpleNamespace(node_id=n, public_key=node.get("key", b""))
+            for n, node in self.nodes.items()
+            if node.get("from", 0) <= self.looks < node.get("until", 10**9)
+        ]
+
+    def push_messages(self, messages):
+        numbers = []
+        for message in messages:
+            number = str(next(self.numbers))
+            message.metadata.__dict__["_message_id"] = number
+            self.sent.append(message)
+            self.waiting[number] = message
+            numbers.append(number)
+        return numbers
+
+    def pull_messages(self, numbers):
+        found = []
+        for number in numbers:
+            message = self.waiting[number]
+            node = self.nodes[message.metadata.dst_node_id]
+            if message.metadata.message_type == MessageType.QUERY:
+                content = pack(b"", client=node["client"])
+            else:
+                content = self.answers(message.metadata.dst_node_id, message.metadata.group_id)
+                if content is None:
+                    continue
+                content = pack(content) if isinstance(content, bytes) else content
+            found.append(replying(message, number, content))
+            del self.waiting[number]
+        return found
+
+
+def replying(message, number, content):
+    metadata = SimpleNamespace(reply_to_message_id=number)
+    error = content if isinstance(content, Error) else None
+    return SimpleNamespace(metadata=metadata, content=content, error=error, has_error=lambda: error is not None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(flower, "POLL", 0.01)
+    for name in ("_task_id", "_run_id", "_node_id"):  # what Flower sets in the process of a ServerApp
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def run(grid, folder, tasks="abc", deadline=5.0, told=None, **changes):
+    said = told if told is not None else []
+    one = FlowerEngine(grid, experiment(folder, **changes), tell=said.append)
+    return one, dict(one.exchange({name: f"task {name}".encode() for name in tasks}, deadline))
+
+
+NODES = {11: {"client": "a"}, 22: {"client": "b"}, 33: {"client": "c"}}
+
+
+def test_bytes_travel_as_they_are():
+    for data in (b"\x00", bytes(range(256)) * 9):
+        assert unpack(pack(data, client="a")) == data
+    assert unpack(pack(b"")) == b"" and unpack(RecordDict({"message": ConfigRecord({"x": 1})})) == b""
+
+
+def test_every_client_gets_its_own_task_once(tmp_path):
+    grid = FakeGrid(NODES)
+    _, replies = run(grid, tmp_path)
+    assert replies == {"a": b"a-1", "b": b"b-1", "c": b"c-1"}
+    tasks = {m.metadata.dst_node_id: unpack(m.content) for m in grid.sent if m.metadata.message_type == "train"}
+    assert tasks == {11: b"task a", 22: b"task b", 33: b"task c"} and len(grid.sent) == 6
+
+
+def test_a_node_that_comes_later_takes_part_and_one_that_never_comes_is_absent(tmp_path):
+    told = []
+    grid = FakeGrid({11: {"client": "a"}, 22: {"client": "b", "from": 4}})
+    _, replies = run(grid, tmp_path, told=told)
+    assert replies["b"] == b"b-1"
+    assert replies["c"] == Silence("its node is not connected, for 0.2 s", "absent")
+    assert told == ["waiting for nodes of b, c"]  # a quorum of two was not there at first
+
+
+def test_a_round_without_a_quorum_waits_until_its_deadline(tmp_path):
+    _, replies = run(FakeGrid({11: {"client": "a"}}), tmp_path, deadline=0.6)
+    assert replies["a"] == b"a-1"
+    assert {replies[n].reason for n in "bc"} == {"its node is not connected, for 0.6 s"}
+
+
+def test_a_node_that_goes_away_with_its_task_is_absent_and_one_that_is_slow_is_late(tmp_path):
+    grid = FakeGrid({**NODES, 22: {"client": "b", "until": 5}}, lambda node, number: b"x" if node == 11 else None)
+    _, replies = run(grid, tmp_path, deadline=0.5)
+    assert replies["a"] == b"x" and replies["b"].status == "absent"
+    assert replies["c"] == Silence("no reply within 0.5 s", "late")
+
+
+def test_a_late_reply_is_passed_on_and_does_not_answer_the_next_task(tmp_path):
+    open_ = {"slow": False}
+    grid = FakeGrid(NODES, lambda node, number: f"{number}".encode() if node != 33 or open_["slow"] else None)
+    one, first = run(grid, tmp_path, deadline=0.3)
+    assert first["c"].status == "late"
+    open_["slow"] = True
+    replies = list(one.exchange(dict.fromkeys("abc", b"t"), 5.0))
+    assert sorted(data for name, data in replies if name == "c") == [b"1", b"2"]
+    assert [name for name, _ in replies].count("a") == 1
+
+
+@pytest.mark.parametrize(("code", "status"), [(2, "rejected"), (8, "rejected")])
+def test_a_client_whose_process_fails_is_told_with_its_last_line(tmp_path, code, status):
+    grid = FakeGrid(NODES, lambda node, number: Error(code, "Traceback\n  File x\nValueError: bad\n") if node == 22
+                    else b"x")  # fmt: skip
+    _, replies = run(grid, tmp_path)
+    assert replies["b"].status == status and "ValueError: bad" in replies["b"].reason
+
+
+def test_a_node_that_went_away_with_a_task_gets_it_again(tmp_path):
+    state = {"gone": True}
+
+    def answer(node, number):
+        if node == 22 and state["gone"]:
+            state["gone"] = False
+            return Error(5, "node unavailable")
+        return b"x"
+
+    grid = FakeGrid(NODES, answer)
+    _, replies = run(grid, tmp_path)
+    assert replies["b"] == b"x"
+    assert sum(m.metadata.dst_node_id == 22 and m.metadata.message_type == "train" for m in grid.sent) == 2
+
+
+def test_nobody_is_taken_for_a_client_that_it_is_not(tmp_path):
+    told = []
+    grid = FakeGrid({11: {"client": "a"}, 12: {"client": "a"}, 22: {"client": "b"}, 44: {"client": "evil"}})
+    _, replies = run(grid, tmp_path, told=told)
+    assert replies["a"] == b"a-1" and replies["c"].status == "absent"
+    assert any("12 says that it is 'a', which another node is" in text for text in told)
+    assert any("44 says that it is 'evil', none of the clients" in text for text in told)
+    trained = [m.metadata.dst_node_id for m in grid.sent if m.metadata.message_type == "train"]
+    assert sorted(trained) == [11, 22]
+
+
+def test_another_node_takes_over_when_the_first_is_gone(tmp_path):
+    grid = FakeGrid({11: {"client": "a", "until": 6}, 12: {"client": "a"}, 22: {"client": "b"}, 33: {"client": "c"}},
+                    lambda node, number: None if node == 11 else b"x")  # fmt: skip
+    _, replies = run(grid, tmp_path)
+    assert replies == {"a": b"x", "b": b"x", "c": b"x"}
+
+
+def key_pair():
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return pem, public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+def test_a_pinned_key_must_be_the_nodes_in_either_form(tmp_path):
+    (pem, ssh), (other, _) = key_pair(), key_pair()
+    assert public_key_hex(pem) == public_key_hex(ssh) != public_key_hex(other) and public_key_hex(b"") == ""
+    with pytest.raises(ConfigError, match="not a public key"):
+        public_key_hex(b"nonsense")
+    keys = {"a": public_key_hex(ssh), "b": public_key_hex(ssh)}
+    told = []
+    grid = FakeGrid({11: {"client": "a", "key": pem}, 22: {"client": "b", "key": other}, 33: {"client": "c"}})
+    _, replies = run(grid, tmp_path, told=told, keys=keys)
+    assert replies["a"] == b"a-1" and replies["c"] == b"c-1" and replies["b"].status == "absent"
+    assert any("22 says that it is 'b', with another key" in text for text in told)
+
+
+def test_clients_of_a_new_run_hold_nothing(tmp_path):
+    one = FlowerEngine(FakeGrid(NODES), experiment(tmp_path))
+    state = ServerState(held={"a": 3})
+    one.restore(state)
+    assert state.held == {}
+
+
+# what the processes are told
+
+
+def test_an_experiment_survives_its_file(tmp_path):
+    one = experiment(tmp_path, keys={"a": "ff"})
+    one.write(tmp_path / "experiment.json")
+    again = Experiment.read(tmp_path / "experiment.json")
+    assert again == one and again.setup() == one.setup()
+    assert ClientSetup.of_text(one.setup().to_text()) == one.setup()
+    with pytest.raises(MessageError, match="does not speak protocol"):
+        ClientSetup.of_text(json.dumps({"protocol": 99}))
+
+
+def test_the_name_of_a_federation_is_that_of_its_settings_and_inputs():
+    config = validate(FederateConfig, {"model": "m", "clients": [{"id": "a"}], "engine": "deployment"}, what="test")
+    other = config.model_copy(update={"lr": 0.5})
+    names = {
+        experiment_name(config, {"model": "x"}),
+        experiment_name(config, {"model": "y"}),
+        experiment_name(other, {}),
+    }
+    assert len(names) == 3
+    inline = config.model_copy(update={"engine": "inline"})
+    assert experiment_name(inline, {"model": "x"}) == experiment_name(config, {"model": "x"})
+
+
+# the client's process
+
+
+def context(**node):
+    return Context(run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config={})
+
+
+def message(setup, task=None):
+    kind = MessageType.QUERY if task is None else MessageType.TRAIN
+    found = Message(pack(encode(task) if task else b"", setup=setup.to_text()), dst_node_id=7, message_type=kind)
+    found.metadata.__dict__["_message_id"] = "1"
+    return found
+
+
+def setup_of(tmp_path, model, base, rows=None):
+    settings = {"targets": "all-linear", "batch_size": 2, "max_length": 32, "load_in": None, "dtype": "auto",
+                "device": "cpu", "split": None, "limit": None, "strict": False, "max_bad": 0.01}  # fmt: skip
+    return ClientSetup(("a", "b"), str(model), base, rows, settings)
+
+
+def test_a_node_says_who_it_is(tmp_path):
+    setup = setup_of(tmp_path, "m", "x")
+    for node, name in (({"client": "hospital"}, "hospital"), ({"partition-id": 1}, "b")):
+        answer = client_app.query(message(setup), context(**node))
+        assert answer.content["told"]["client"] == name
+    with pytest.raises(ConfigError, match="does not say which client it is"):
+        client_app.query(message(setup), context(**{"partition-id": 2}))
+
+
+def task_for(client, **changes):
+    settings = {"steps": 1, "batch_size": 2, "lr": 1e-3, "seed": 0, "optimizer": {"type": "sgd"}, "max_grad_norm": 1.0}
+    return TrainTask("exp", 1, client, 2, 4.0, "fresh", settings=settings, **changes)
+
+
+def test_a_client_trains_and_remembers(tmp_path, tiny_model, make_rows):
+    from honeloom.stages.inputs import resolve_model
+
+    base = resolve_model(str(tiny_model)).fingerprint
+    rows = make_rows(4, "mine.jsonl")
+    node = context(client="a", rows=str(rows))
+    answer = client_app.train(message(setup_of(tmp_path, tiny_model, base), task_for("a")), node)
+    port = client_app._model(str(tiny_model), json.dumps(dict(setup_of(tmp_path, "m", base).settings), sort_keys=True))
+    reply = decode_reply(unpack(answer.content), Manifest.of(port.modules, 2))
+    assert reply.error is None and reply.rows == 4 and reply.client == "a"
+    assert node.state["memory"]["round"] == 1
+    old = client_app.train(message(setup_of(tmp_path, tiny_model, base), task_for("a")), node)
+    assert decode_reply(unpack(old.content), Manifest.of(port.modules, 2)).error is None
+    module = next(iter(port.modules))
+    m, n = port.modules[module]
+    frozen = {module: (torch.ones(m, 1), torch.ones(1, n))}
+    client_app.train(message(setup_of(tmp_path, tiny_model, base), task_for("a", version=1, frozen=frozen)), node)
+    memory = client_app._remembered(node)
+    assert memory.version == 1 and torch.equal(memory.frozen[module][1], torch.ones(1, n))
+
+
+@pytest.mark.parametrize(
+    ("node", "base", "what"),
+    [
+        ({"client": "a"}, None, "names no rows"),
+        ({"client": "a", "rows": "nowhere.jsonl"}, None, "nowhere.jsonl"),
+        ({"client": "a", "rows": "x", "model": "nowhere/"}, None, "nowhere"),
+        ({"client": "a", "rows": "x"}, "other", "is not the server's"),
+    ],
+)
+def test_what_a_client_lacks_is_told_in_its_reply(tmp_path, tiny_model, node, base, what):
+    from honeloom.stages.inputs import resolve_model
+
+    base = base or resolve_model(str(tiny_model)).fingerprint
+    answer = client_app.train(message(setup_of(tmp_path, tiny_model, base), task_for("a")), context(**node))
+    reply = decode_reply(unpack(answer.content), Manifest.of(MODULES, 2))
+    assert what in reply.error
+
+
+def test_memory_is_empty_at_first():
+    assert client_app._remembered(context()) == ClientMemory()
