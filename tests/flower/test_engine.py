@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from honeloom.backends.flower import engine as flower
 from honeloom.backends.flower.engine import FlowerEngine, pack, public_key_hex, unpack
 from honeloom.config.base import validate
-from honeloom.errors import ConfigError, MessageError
+from honeloom.errors import ConfigError, HoneloomError, MessageError
 from honeloom.federated.client import ClientMemory
 from honeloom.federated.experiment import ClientSetup, Experiment, experiment_name
 from honeloom.federated.federate_config import FederateConfig
@@ -23,6 +23,7 @@ from honeloom.federated.messages import Manifest, TrainTask, decode_reply, encod
 from honeloom.federated.rounds import Silence
 from honeloom.federated.server import ServerState
 from honeloom.flower import client_app
+from honeloom.runs.lock import is_held, writer_lock
 
 MODULES = {"q": (4, 3)}
 
@@ -208,6 +209,15 @@ def test_a_pinned_key_must_be_the_nodes_in_either_form(tmp_path):
     _, replies = run(grid, tmp_path, told=told, keys=keys)
     assert replies["a"] == b"a-1" and replies["c"] == b"c-1" and replies["b"].status == "absent"
     assert any("22 says that it is 'b', with another key" in text for text in told)
+
+
+def test_a_federation_that_nobody_waits_for_ends(tmp_path):
+    one = FlowerEngine(FakeGrid({}), experiment(tmp_path), wanted=lambda: False)
+    with pytest.raises(HoneloomError, match="the command that began this federation is gone"):
+        list(one.exchange({"a": b""}, 5.0))
+    with writer_lock(tmp_path / "leader"):
+        assert is_held(tmp_path / "leader")
+    assert not is_held(tmp_path / "leader") and not is_held(tmp_path / "never")
 
 
 def test_clients_of_a_new_run_hold_nothing(tmp_path):

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from honeloom.backends.devices import one_thread
 from honeloom.backends.flower.engine import FlowerEngine
-from honeloom.backends.flower.launch import EVENTS, EXPERIMENT, FAILED, FOLDER
+from honeloom.backends.flower.launch import EVENTS, EXPERIMENT, FAILED, FOLDER, LEADER
 from honeloom.errors import HoneloomError
 from honeloom.federated.experiment import Experiment
 from honeloom.federated.rounds import run_rounds
@@ -18,7 +18,7 @@ from honeloom.federated.server import ServerCore
 from honeloom.federated.store import RoundStore
 from honeloom.runs.atomic import write_json
 from honeloom.runs.journal import Journal
-from honeloom.runs.lock import writer_lock
+from honeloom.runs.lock import is_held, writer_lock
 
 app = ServerApp()
 
@@ -38,7 +38,10 @@ def main(grid: Grid, context: Context) -> None:
         store = RoundStore(experiment.folder)
         with writer_lock(home), Journal(home / EVENTS, durable=False) as events, one_thread(torch.device("cpu")):
             server = ServerCore(experiment.config, experiment.name, experiment.modules, store.load())
-            engine = FlowerEngine(grid, experiment, tell=lambda text: events.append({"text": text}))
+            engine = FlowerEngine(
+                grid, experiment, tell=lambda text: events.append({"text": text}),
+                wanted=lambda: is_held(home / LEADER),
+            )  # fmt: skip
             run_rounds(server, engine, store)
     except Exception as error:
         message = str(error) if isinstance(error, HoneloomError) else f"{type(error).__name__}: {error}"

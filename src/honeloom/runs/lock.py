@@ -14,7 +14,7 @@ from honeloom.errors import ConfigError, LockedError
 from honeloom.runs.atomic import commit_point
 from honeloom.system import drop_lock, try_lock
 
-__all__ = ["writer_lock"]
+__all__ = ["is_held", "writer_lock"]
 
 
 @contextmanager
@@ -38,6 +38,22 @@ def writer_lock(out: Path) -> Iterator[None]:
         commit_point(f"unlock {out.name}")
     finally:
         drop_lock(fd, path)
+
+
+def is_held(out: Path) -> bool:
+    """Whether some process has the right to write `out` now."""
+    try:
+        fd = os.open(out.with_name(f".{out.name}.lock"), os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        try_lock(fd)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)  # and with it the lock, had it been free
 
 
 def _acquire(path: Path, out: Path) -> int:

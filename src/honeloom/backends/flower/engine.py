@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from honeloom.errors import ConfigError
+from honeloom.errors import ConfigError, HoneloomError
 from honeloom.federated.experiment import Experiment
 from honeloom.federated.rounds import Silence
 from honeloom.federated.server import ServerState
@@ -68,15 +68,25 @@ class FlowerEngine:
         Clients and settings.
     tell : callable, optional
         Told what an operator should know.
+    wanted : callable, optional
+        Whether anybody still waits for the result; asked about twice a second.
     """
 
-    def __init__(self, grid: Grid, experiment: Experiment, *, tell: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        *,
+        tell: Callable[[str], None] = print,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.grid = grid
         self.setup = experiment.setup()
         self.config = experiment.config
         self._keys = experiment.keys
         self._text = self.setup.to_text()
         self._tell = tell
+        self._wanted = wanted
         self._round = 0
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, int] = {}
@@ -116,6 +126,8 @@ class FlowerEngine:
                 if now - since >= self.config.patience:
                     del open_[name]
                     yield name, Silence(f"its node is not connected, for {self.config.patience:g} s")
+            if not self._wanted():
+                raise HoneloomError("the command that began this federation is gone; `--resume` goes on")
             time.sleep(POLL)
         for name in open_:
             if self._nodes.get(name) in {node.node_id for node in self.grid.get_nodes()}:

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from honeloom.errors import HoneloomError
+from honeloom.runs.lock import writer_lock
 from honeloom.system import end_with_parent
 
-__all__ = ["EVENTS", "EXPERIMENT", "FAILED", "FOLDER", "Connection", "run_app"]
+__all__ = ["EVENTS", "EXPERIMENT", "FAILED", "FOLDER", "LEADER", "Connection", "run_app"]
 
-FOLDER, EXPERIMENT, EVENTS, FAILED = "honeloom-folder", "experiment.json", "events.jsonl", "failed.json"
+FOLDER, EXPERIMENT, EVENTS, FAILED, LEADER = (
+    "honeloom-folder", "experiment.json", "events.jsonl", "failed.json", "leader"
+)  # fmt: skip
 CONNECTION = "honeloom"
 START, STOP = 120.0, 20.0
 """Seconds within which a SuperLink must answer, and end."""
@@ -79,6 +82,7 @@ def run_app(
     """
     (home / FAILED).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(writer_lock(home / LEADER))  # the app ends once this is free
         options: list[str] = []
         if connection is None:
             connection = stack.enter_context(_simulation(home))
