@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -96,6 +97,7 @@ def run_rounds(
     """
     empty, first = 0, True
     while server.state.round < server.config.rounds:
+        begun = time.monotonic()
         tasks = server.begin()
         for client, data in store.replies(server.state.round + 1):
             if client in tasks and server.ingest(client, data) == "ok":
@@ -109,6 +111,7 @@ def run_rounds(
             elif server.ingest(client, reply) == "ok":
                 store.keep_reply(server.state.round + 1, client, reply)
         record = server.finish()
+        record.seconds = time.monotonic() - begun
         store.save(server.state, record)
         if done is not None:
             done(record)

@@ -14,7 +14,7 @@ from honeloom.reporting.panels.depth_sweep import depth_sweep_panel
 from honeloom.reporting.panels.domain_maps import domain_map_panel, entropy_map_panel
 from honeloom.reporting.panels.domain_mix import domain_mix_panel
 from honeloom.reporting.panels.entropy import entropy_panel
-from honeloom.reporting.panels.federation import rounds_panel, traffic_panel
+from honeloom.reporting.panels.federation import exposure_panel, rounds_panel, traffic_panel
 from honeloom.reporting.panels.federation_updates import (
     client_losses_panel,
     exactness_panel,
@@ -45,6 +45,7 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     "drop": (importance_panel,),
     "federate": (
         rounds_panel, client_losses_panel, update_norms_panel, traffic_panel, exactness_panel, module_errors_panel,
+        exposure_panel,
     ),
     "evaluate": (comparison_panel, metrics_panel),
 }  # fmt: skip

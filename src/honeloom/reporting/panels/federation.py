@@ -17,6 +17,7 @@ __all__ = [
     "ROUNDS_FILE",
     "Seen",
     "clients_of",
+    "exposure_panel",
     "read_rounds",
     "round_axis",
     "rounds_panel",
@@ -110,6 +111,21 @@ def traffic_panel(folder: Path, report: Report) -> Panel | None:
         alt=f"Bar chart of bytes up and down for {plural(len(shown), 'client')}; in all {size(up)} up and "
         f"{size(down)} down",
         file=ROUNDS_FILE,
+    )
+
+
+def exposure_panel(folder: Path, report: Report) -> Panel | None:
+    """Who sees what of a client; None where the report does not say."""
+    privacy = report.details.get("privacy")
+    if not privacy:
+        return None
+    who = (("the server", "server"), ("other clients", "clients"), ("neither of them", "hidden"))
+    return Panel(
+        title="Who sees what of a client",
+        columns=("who", "sees"),
+        rows=[(name, privacy[key]) for name, key in who],
+        note=f"Mode {clip(privacy['mode'])}, engine {clip(report.details['engine'])}. No secure aggregation, no noise: "
+        "no epsilon can be told.",
     )
 
 
