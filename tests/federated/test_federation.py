@@ -444,7 +444,7 @@ def test_an_interrupted_federation_ends_as_an_uninterrupted_one(tmp_path, after,
     assert again.state.sha256() == whole.state.sha256()
 
     def plain(lines):
-        timed = {"seconds": 0, "aggregation_seconds": 0, "peak_rss_bytes": 0}
+        timed = {"seconds": 0, "server_seconds": 0, "peak_rss_bytes": 0}
         return [{**r, **timed, "clients": [{**c, "seconds": 0} for c in r["clients"]]} for r in lines]
 
     assert plain(more) == plain(records)

@@ -190,7 +190,7 @@ def test_inline_and_simulation_end_with_the_same_bytes(site, tiny_model, tmp_pat
             tiny_model, clients=[{**c, "rank": 2} for c in clients(site)], rounds=2, aggregation="fedex",
             engine=engine, output_dir=out, **SETTINGS,
         )  # fmt: skip
-        timed = {"seconds": 0, "aggregation_seconds": 0, "peak_rss_bytes": 0}
+        timed = {"seconds": 0, "server_seconds": 0, "peak_rss_bytes": 0}
         lines = [{**line, **timed} for line in read_journal(out / "rounds.jsonl")]
         for line in lines:
             for client in line["clients"]:

@@ -97,21 +97,24 @@ def run_rounds(
     """
     empty, first = 0, True
     while server.state.round < server.config.rounds:
-        begun = time.monotonic()
-        tasks = server.begin()
-        for client, data in store.replies(server.state.round + 1):
-            if client in tasks and server.ingest(client, data) == "ok":
-                del tasks[client]
+        begun, clock = time.monotonic(), _Clock()
+        with clock:
+            tasks = server.begin()
+            for client, data in store.replies(server.state.round + 1):
+                if client in tasks and server.ingest(client, data) == "ok":
+                    del tasks[client]
         if first:
             engine.restore(server.state)
             first = False
         for client, reply in engine.exchange(tasks, server.config.deadline):
-            if isinstance(reply, Silence):
-                server.fail(client, reply.reason, status=reply.status)
-            elif server.ingest(client, reply) == "ok":
-                store.keep_reply(server.state.round + 1, client, reply)
-        record = server.finish()
-        record.seconds = time.monotonic() - begun
+            with clock:
+                if isinstance(reply, Silence):
+                    server.fail(client, reply.reason, status=reply.status)
+                elif server.ingest(client, reply) == "ok":
+                    store.keep_reply(server.state.round + 1, client, reply)
+        with clock:
+            record = server.finish()
+        record.seconds, record.server_seconds = time.monotonic() - begun, clock.seconds
         store.save(server.state, record)
         if done is not None:
             done(record)
@@ -119,3 +122,16 @@ def run_rounds(
         if empty == MOST_EMPTY:
             reasons = "; ".join(f"{c.id}: {c.reason or c.status}" for c in record.clients if c.status != "ok")
             raise HoneloomError(f"{MOST_EMPTY} rounds in a row had too few replies ({reasons}); nothing is left to do")
+
+
+class _Clock:
+    """Adds up the time of its contexts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._begun

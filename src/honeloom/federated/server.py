@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -68,8 +67,8 @@ class RoundRecord:
         The same by module.
     rank : int
         Largest rank of what was aggregated.
-    seconds, aggregation_seconds : float
-        Of the whole round, and of the server's own work in it.
+    seconds, server_seconds : float
+        Of the whole round, and of the server's own work in it: checks, norms, aggregation, files.
     peak_rss_bytes : int
         Of the server's process so far.
     sha256 : str
@@ -83,7 +82,7 @@ class RoundRecord:
     errors: dict[str, float] = field(default_factory=dict)
     rank: int = 0
     seconds: float = 0.0
-    aggregation_seconds: float = 0.0
+    server_seconds: float = 0.0
     peak_rss_bytes: int = 0
     sha256: str = ""
 
@@ -286,7 +285,6 @@ class ServerCore:
         """Aggregate what came; the next round is due whether or not it sufficed."""
         record = self._record
         assert record is not None  # a round was begun
-        begun = time.monotonic()
         self._refuse_outliers(record)
         came = [self._replies[r.id] for r in record.clients if r.status == "ok"]
         if came and len(came) >= self.config.quorum * len(record.clients):
@@ -294,7 +292,7 @@ class ServerCore:
             record.applied = True
         self.state.round += 1
         record.sha256 = self.state.sha256()
-        record.aggregation_seconds, record.peak_rss_bytes = time.monotonic() - begun, peak_rss()
+        record.peak_rss_bytes = peak_rss()
         self._record = None
         return record
 
