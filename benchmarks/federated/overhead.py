@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/federated/overhead.py
 
-Three clients of ranks 8, 4, 2 make one step on one row of the lab's base model, six rounds, the same by each engine; all
-must end with one hash. A round's overhead is its wall time less the server's own work, which is the same everywhere,
+Three clients of ranks 8, 4, 2 make one step on one row of the lab's base model, six rounds, the same by each engine;
+all must end with one hash. A round's overhead is its wall time less the server's own work, which is the same everywhere,
 and less the time that its clients spent in `handle`: their sum where they take turns, the longest where each is a
 process of its own. The first round, which waits for nodes, is left out. Writes OVERHEAD.md.
 """
@@ -114,8 +114,8 @@ def page(found: dict[str, tuple[str, list[dict[str, Any]], float]]) -> str:
         f"{torch.__version__}.", "",
         "Three clients of ranks 8, 4, 2, one step on one row of the lab's base model each, six rounds, by each engine.",
         "Seconds of wall time per round less those of the server's own work (checks, norms, aggregation, files) and of",
-        "its clients (their sum where they take turns, the longest where each is a process of its own); median (least -",
-        "most) of rounds 2 to 6. On Flower that is polling, the start of processes and, in a deployment, loading the",
+        "its clients (their sum where they take turns, the longest where each is a process of its own); median (least",
+        "- most) of rounds 2 to 6. On Flower that is polling, the start of processes and, in a deployment, loading the",
         "model for every message.", "",
         "| engine | overhead per round, s | the server's own work, s | whole command, s |",
         "|---|---|---|---|", *rows, "",
