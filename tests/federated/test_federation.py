@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import torch
 import honeloom
 from honeloom.config.base import validate
 from honeloom.errors import ConfigError, HoneloomError, MessageError, RowsError
-from honeloom.federated.client import ClientCore, fresh_factors, split_shared
+from honeloom.federated import METHODS
+from honeloom.federated.client import ClientCore, ClientMemory, fresh_factors, split_shared
 from honeloom.federated.federate_config import FederateConfig, PartitionConfig
 from honeloom.federated.frozen import FrozenAdditions, folded, stacked
 from honeloom.federated.messages import Manifest, TrainReply, TrainTask, decode_reply, decode_task, encode
 from honeloom.federated.partition import partition, partition_record
+from honeloom.federated.privacy import MODES, exposure_of, mode_of
 from honeloom.federated.rounds import InlineEngine, Silence, run_rounds
-from honeloom.federated.server import ServerCore
+from honeloom.federated.server import ServerCore, capped, outliers
 from honeloom.federated.store import RoundStore
+from honeloom.runs import atomic
 from honeloom.testing.fakes import FakeRows, chat_row
 from honeloom.types.federation import LocalResult
 
@@ -349,8 +353,8 @@ class Faulty(InlineEngine):
 
     fault = staticmethod(lambda name, data: data)
 
-    def exchange(self, tasks, deadline):
-        for name, data in super().exchange(tasks, deadline):
+    def exchange(self, tasks, deadline, needed):
+        for name, data in super().exchange(tasks, deadline, needed):
             number = decode_task(tasks[name]).round
             yield name, type(self).fault(name, data) if number == 2 and name == "client-1" else data
 
@@ -401,14 +405,153 @@ def test_a_fault_costs_its_client_and_nobody_else(tmp_path, fault):
 
 def test_too_few_replies_change_nothing_and_end_in_the_end(tmp_path):
     class Deaf(InlineEngine):
-        def exchange(self, tasks, deadline):
+        def exchange(self, tasks, deadline, needed):
             yield from ((name, Silence("gone")) for name in tasks)
 
-    with pytest.raises(HoneloomError, match=r"3 rounds in a row .*client-0: gone"):
-        federate(tmp_path, rounds=9, engine=Deaf)
-    records = RoundStore(tmp_path).records()
-    assert len(records) == 3 and not any(r["applied"] for r in records)
-    assert len({r["sha256"] for r in records}) == 1
+    with pytest.raises(HoneloomError, match=r"3 rounds in a row .*client-0: gone.*--resume"):
+        federate(tmp_path, rounds=4, engine=Deaf)
+    assert not RoundStore(tmp_path).records()  # none of them is spent
+    server, records, _ = federate(tmp_path, rounds=4)
+    (tmp_path / "straight").mkdir()
+    straight, lines, _ = federate(tmp_path / "straight", rounds=4)
+    assert server.state.sha256() == straight.state.sha256() and len(records) == len(lines) == 4
+
+
+def test_empty_rounds_stand_in_the_record_once_a_later_one_changes_something(tmp_path):
+    class DeafAtFirst(InlineEngine):
+        def exchange(self, tasks, deadline, needed):
+            if decode_task(next(iter(tasks.values()))).round < 3:
+                yield from ((name, Silence("gone")) for name in tasks)
+            else:
+                yield from super().exchange(tasks, deadline, needed)
+
+    _, records, _ = federate(tmp_path, rounds=4, engine=DeafAtFirst)
+    assert [r["applied"] for r in records] == [False, False, True, True]
+
+
+class Forgetful(InlineEngine):
+    """Its clients are new processes in round 3, as after a kill of whatever carried the messages."""
+
+    def exchange(self, tasks, deadline, needed):
+        if decode_task(next(iter(tasks.values()))).round == 3 and not getattr(self, "forgot", False):
+            self.forgot = True
+            for client in self.clients.values():
+                client.memory = ClientMemory()
+        yield from super().exchange(tasks, deadline, needed)
+
+
+@pytest.mark.parametrize("changes", [{"aggregation": "flora"}, {"aggregation": "fedex", "ranks": 2}])
+def test_clients_that_lost_what_they_held_get_all_of_it_in_the_same_round(tmp_path, changes):
+    for name, engine in (("whole", InlineEngine), ("lost", Forgetful)):
+        (tmp_path / name).mkdir()
+        server, records, _ = federate(tmp_path / name, engine=engine, rounds=4, **changes)
+        assert all(c["status"] == "ok" for r in records for c in r["clients"])
+        if name == "whole":
+            expected = server.state.sha256()
+    assert server.state.sha256() == expected
+
+
+class Anew(InlineEngine):
+    """As Flower: a new run's clients hold nothing."""
+
+    def restore(self, state):
+        state.held.clear()
+
+
+@pytest.mark.parametrize("after", [3, 4, 5, 6, 7, 8])
+def test_an_engine_whose_clients_forget_resumes_to_the_same_bytes(tmp_path, after):
+    (tmp_path / "whole").mkdir()
+    whole, _, _ = federate(tmp_path / "whole", aggregation="flora")
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        federate(tmp_path / "cut", engine=type("E", (Dying,), {"left": after}), aggregation="flora")
+    again, records, _ = federate(tmp_path / "cut", engine=Anew, aggregation="flora")
+    assert again.state.sha256() == whole.state.sha256()
+    assert all(c["status"] == "ok" for r in records for c in r["clients"])
+
+
+def hostile(tmp_path, change, number=2, count=3, **changes):
+    """A federation in which client-1 sends something else in one round."""
+
+    class Engine(InlineEngine):
+        def exchange(self, tasks, deadline, needed):
+            for name, data in super().exchange(tasks, deadline, needed):
+                task = decode_task(tasks[name])
+                spoilt = name == "client-1" and task.round == number
+                yield name, encode(change(decode_reply(data, Manifest.of(MODULES, task.rank)))) if spoilt else data
+
+    ranks = {"ranks": [2] * count, "partition": {"type": "iid", "n": count}}
+    return federate(tmp_path, engine=Engine, **{"rounds": 3, **ranks, **changes})
+
+
+@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+def test_a_factor_that_was_to_stay_must_stay(tmp_path, rule):
+    def change(found):
+        return with_factors(found, lambda b, a: (b, a + 1) if rule == "ffa" else (b + 1, a))
+
+    _, records, _ = hostile(tmp_path, change, aggregation=rule, lr=0.01)
+    hurt = records[1]["clients"][1]
+    assert hurt["status"] == "rejected" and "was to stay as it was sent" in hurt["reason"]
+    assert all(r["applied"] for r in records)
+
+
+@pytest.mark.parametrize("rule", ["flora", "svd", "fedex", "fedit"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_of_two_replies_a_huge_one_neither_ends_nor_poisons_the_federation(tmp_path, rule, number):
+    server, records, _ = hostile(
+        tmp_path, lambda f: with_factors(f, lambda b, a: (b + 3e38, a)), number, 2, aggregation=rule, quorum=0.5
+    )
+    hurt = records[number - 1]["clients"][1]
+    assert hurt["status"] == "rejected" and "too large" in hurt["reason"]
+    assert all(bool(torch.isfinite(t).all()) for pair in server.state.total().values() for t in pair)
+
+
+def test_of_two_replies_one_is_judged_by_earlier_rounds(tmp_path):
+    _, records, _ = hostile(tmp_path, lambda f: with_factors(f, lambda b, a: (b * 1e3, a)), 2, 2, quorum=0.5)
+    assert "times" in records[1]["clients"][1]["reason"] and records[1]["applied"]
+
+
+def test_nobody_weighs_more_later_and_shares_have_a_limit(tmp_path):
+    def change(found):
+        return TrainReply("test", found.round, found.client, 10**12, factors=found.factors)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    lied, records, _ = hostile(tmp_path / "a", change)
+    honest, _, _ = hostile(tmp_path / "b", lambda f: f)
+    assert records[1]["clients"][1]["rows"] == 20 and lied.state.sha256() == honest.state.sha256()
+    assert capped([10, 20, 30], 1.0) == [1 / 6, 1 / 3, 1 / 2]
+    assert capped([1, 1, 998], 0.5) == pytest.approx([0.25, 0.25, 0.5])
+    assert capped([1, 98, 901], 0.4) == pytest.approx([0.2, 0.4, 0.4])
+    assert capped([1, 2], 0.1) == [0.5, 0.5]
+
+
+def test_clients_that_did_not_move_make_no_outlier_of_one_that_did():
+    assert outliers([0.0, 0.0, 5.0], 10.0) == {} and outliers([1.0, 1.0, 50.0], 10.0).keys() == {2}
+    assert outliers([5.0], 10.0) == {} and outliers([5.0], 10.0, 0.1).keys() == {0}
+
+
+@pytest.mark.parametrize(
+    ("text", "by", "what"),
+    [
+        (b"+1.00000000000000000e+00", b"1" + b"0" * 23, "at most"),
+        (b"+1.00000000000000000e+00", b"1" * 24, "at most"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(text, by, what):
+    data = encode(reply(metrics={"x": 1.0}))
+    assert text in data
+    with pytest.raises(MessageError, match=what):
+        decode_reply(data.replace(text, by), Manifest.of(MODULES, 2))
+    with pytest.raises(MessageError, match="rows"):
+        decode_reply(encode(reply(rows=10**400)), Manifest.of(MODULES, 2))
+
+
+def test_an_error_text_is_one_line_for_a_terminal(tmp_path):
+    evil = "\x1b[2J gone\nround 9/9: 3 clients " + "x" * 3000
+    _, records, _ = hostile(tmp_path, lambda f: TrainReply("test", 2, f.client, error=evil))
+    reason = records[1]["clients"][1]["reason"]
+    assert reason.isprintable() and len(reason) <= 600 and "gone" in reason
 
 
 class Dying(InlineEngine):
@@ -416,8 +559,8 @@ class Dying(InlineEngine):
 
     left = 0
 
-    def exchange(self, tasks, deadline):
-        for pair in super().exchange(tasks, deadline):
+    def exchange(self, tasks, deadline, needed):
+        for pair in super().exchange(tasks, deadline, needed):
             if type(self).left == 0:
                 raise KeyboardInterrupt
             type(self).left -= 1
@@ -429,7 +572,7 @@ class Dying(InlineEngine):
     "changes",
     [
         {"aggregation": "flora"}, {"aggregation": {"type": "svd", "rank": 3}},
-        {"aggregation": "fedex", "ranks": 2, "server": {"type": "momentum"}},
+        {"aggregation": {"type": "svd", "rank": 3}, "server": {"type": "momentum"}},
         {"aggregation": "fedit", "ranks": 2, "scaffold": True, "optimizer": "sgd"},
         {"aggregation": "fedit", "ranks": 2, "server": {"type": "adam", "lr": 0.1}},
     ],
@@ -501,6 +644,28 @@ def test_momentum_goes_on_in_the_direction_of_the_last_rounds(tmp_path):
         ({"partition": {"type": "iid", "n": 3, "alpha": 0.1}}, "about type dirichlet"),
         ({"clients": [{"id": "client-1", "joins": 3, "leaves": 2}]}, "leave later"),
         ({"clients": [{"id": "client-1", "rank": {2: 4}}]}, "begin with round 1"),
+        ({"clients": [{"id": f"client-{k}", "joins": 2} for k in range(3)]}, "no client takes part in round 1"),
+        ({"rows": (), "partition": None, "clients": [{"id": "..", "rows": "x"}]}, "clients.0.id"),
+        ({"rows": (), "partition": None, "clients": [{"id": "con", "rows": "x"}], "ranks": 1}, "name of a device"),
+        ({"rows": (), "partition": None, "ranks": 1, "clients": [{"id": i, "rows": "x"} for i in "Aa"]}, "given twice"),
+        ({"ranks": True}, "a rank is a number"),
+        ({"aggregation": "ffa"}, "all ranks must be equal"),
+        (
+            {"aggregation": "fedit", "ranks": 2, "scaffold": True, "optimizer": {"type": "sgd", "momentum": 0.9}},
+            "momentum and weight decay",
+        ),
+        ({"aggregation": "fedex", "ranks": 2, "server": {"type": "momentum"}}, "use it with svd or flora"),
+        ({"privacy": {"mode": "flora-stack"}, "aggregation": "svd"}, "aggregation svd is of mode flora-svd"),
+        ({"privacy": {"mode": "dense-sum"}}, "is not to be had here"),
+        ({"privacy": {"mode": "seed-pool"}}, "zeroth-order clients"),
+        ({"privacy": {"mode": "secret"}}, "privacy.mode"),
+        ({"privacy": {"secagg": True}}, "secure aggregation hides all but sums"),
+        ({"privacy": {"dp": {"noise": 1.0}}}, "no epsilon could be told"),
+        ({"engine": "deployment"}, "rows stay with the SuperNodes"),
+        ({"superlink": {"address": "127.0.0.1:8000"}}, "about engine deployment"),
+        ({"superlink": {"address": "far.example:8000"}}, "without root_certificates nothing is encrypted"),
+        ({"superlink": {"address": "127.0.0.1.evil.example:8000"}}, "without root_certificates"),
+        ({"parallel": 2}, "about engine simulation"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, what):
@@ -508,6 +673,17 @@ def test_settings_that_cannot_be_are_refused(changes, what):
         settings(**changes)
     with pytest.raises(ConfigError, match="no clients"):
         validate(FederateConfig, {"model": "m"}, what="test")
+
+
+def test_a_privacy_mode_means_a_rule_and_every_rule_has_one():
+    given = {"model": "m", "rows": "x", "partition": {"type": "iid", "n": 3}}
+    for mode, rules in MODES.items():
+        config = validate(FederateConfig, {**given, "privacy": {"mode": mode}}, what="test")
+        assert config.aggregation.type == rules[0] and exposure_of(config).mode == mode
+    assert {rule for rules in MODES.values() for rule in rules} == {method.name for method in METHODS}
+    assert mode_of("a plug-in's") == "flora-stack"  # the worst is assumed
+    shown = exposure_of(validate(FederateConfig, {**given, "aggregation": "flora"}, what="test"))
+    assert "one machine" in shown.server and "each client's A and B" in shown.clients
 
 
 # through the door
@@ -531,10 +707,48 @@ def test_a_federation_through_the_door(tmp_path):
     assert sum(c["rows"] for c in split["clients"]) == sum(c["rows"] for c in details["clients"])
     assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) == 2
     assert not (tmp_path / "out" / ".state").exists()
+    assert details["privacy"]["mode"] == "flora-stack" and details["epsilon"] is None and details["uplink"] == "tensors"
     again = honeloom.federate("lab:base", path, output_dir=tmp_path / "again", aggregation="flora")
     assert again.details["global_sha256"] == details["global_sha256"]
     scored = honeloom.evaluate(tmp_path / "out", rows="lab:dev", limit=30)
     assert scored.metrics
+
+
+@pytest.mark.parametrize("at", ["report.json", "manifest.json", "adapter_model", "rounds.jsonl"])
+def test_an_interrupt_late_in_the_work_costs_none_of_it(tmp_path, at):
+    """Whatever is being written after the last round, the same command goes on from there."""
+    how = {"rows": "lab:dev", "limit": 40, "partition": {"type": "iid", "n": 2}, "ranks": 2, "rounds": 1,
+           "local_steps": 1, "batch_size": 2}  # fmt: skip
+    straight = honeloom.federate("lab:base", output_dir=tmp_path / "straight", **how)
+
+    def interrupt(label):
+        if at in label and not label.startswith("unlock"):
+            raise KeyboardInterrupt
+
+    atomic.observers[:] = [interrupt]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            honeloom.federate("lab:base", output_dir=tmp_path / "out", **how)
+    finally:
+        atomic.observers.clear()
+    report = honeloom.federate("lab:base", output_dir=tmp_path / "out", resume=True, **how)
+    assert report.details["global_sha256"] == straight.details["global_sha256"]
+    one, other = (tmp_path / n / "adapter_model.safetensors" for n in ("straight", "out"))
+    assert one.read_bytes() == other.read_bytes() and all(check.passed for check in report.verification)
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_a_rank_beyond_the_model_is_refused_before_it_trains(tmp_path):
+    with pytest.raises(ConfigError, match=r"client 'client-0': rank 2000 is over \d+"):
+        honeloom.federate("lab:base", rows="lab:dev", limit=40, partition={"type": "iid", "n": 2}, ranks=[2000, 2],
+                          output_dir=tmp_path / "out")  # fmt: skip
+
+
+def test_the_plan_tells_who_sees_what_and_how_much_travels():
+    plan = honeloom.plan("federate", model="lab:base", rows="lab:dev", partition={"type": "iid", "n": 2}, ranks=[8, 2])
+    notes = "\n".join(next(stage for stage in plan if stage.verb == "federate").notes)
+    assert "privacy flora-svd" in notes and "other clients see of it: the aggregate alone" in notes
+    assert re.search(r"up 0\.\d+ MB to 0\.\d+ MB, down 0\.\d+ MB", notes)
 
 
 def test_clients_with_rows_of_their_own(tmp_path):

@@ -205,8 +205,8 @@ class Without(InlineEngine):
 
     lost = {("a", 2), ("a", 3), ("b", 2), ("c", 3)}
 
-    def exchange(self, tasks, deadline):
-        for name, reply in super().exchange(tasks, deadline):
+    def exchange(self, tasks, deadline, needed):
+        for name, reply in super().exchange(tasks, deadline, needed):
             yield name, Silence("lost") if (name, decode_task(tasks[name]).round) in self.lost else reply
 
 
@@ -243,25 +243,25 @@ def test_faults_of_a_deployment_cost_their_clients_alone(site, tiny_model, tmp_p
 def test_a_killed_superlink_costs_a_resume(site, tiny_model, tmp_path):
     """Killed between rounds and started again on the same port; nodes come back by themselves."""
     straight = honeloom.federate(
-        tiny_model, rounds=3, output_dir=tmp_path / "inline", clients=clients(site), aggregation="flora", **SETTINGS
+        tiny_model, rounds=4, output_dir=tmp_path / "inline", clients=clients(site), aggregation="flora", **SETTINGS
     )
     site.superlink()
     for name in RANKS:
         site.run(str(BIN / "flwr"), "supernode", "register", f"{name}.pub", "site")
         site.supernode(name)
 
-    def watch(text):
-        if text.startswith("round 1/"):
+    def watch(text):  # clients hold something by now
+        if text.startswith("round 2/"):
             site.kill("superlink")
 
-    how = {"rounds": 3, "aggregation": "flora", "output_dir": tmp_path / "out", **SETTINGS, **deployment(site)}
+    how = {"rounds": 4, "aggregation": "flora", "output_dir": tmp_path / "out", **SETTINGS, **deployment(site)}
     with pytest.raises(honeloom.errors.HoneloomError):
         honeloom.federate(tiny_model, console=Told(watch), **how)
     assert not (tmp_path / "out").exists()
     site.superlink()
     said = []
     report = honeloom.federate(tiny_model, console=Told(said.append), resume=True, **how)
-    assert any("1 of 3 rounds were done" in text for text in said)
+    assert any("2 of 4 rounds were done" in text for text in said)
     assert report.details["global_sha256"] == straight.details["global_sha256"]
-    assert [c["status"] for c in report.details["clients"]] == [["ok"] * 3] * 3
+    assert [c["status"] for c in report.details["clients"]] == [["ok"] * 4] * 3
     assert json.loads((tmp_path / "out" / "partition.json").read_text())["clients"][0] == {"id": "a", "rows": 30}

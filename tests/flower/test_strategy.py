@@ -25,6 +25,7 @@ from honeloom.backends.flower.records import PREFIX, read_factors, write_factors
 from honeloom.errors import ConfigError, HoneloomError, MessageError
 from honeloom.federated import METHODS
 from honeloom.federated.config import SvdConfig
+from honeloom.federated.federate_config import EQUAL_RANKS
 from honeloom.flower import FloraStrategy, hold, receive, reply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -406,7 +407,7 @@ def run(strategy, nodes, rounds=2, arrays=None):
 
 @pytest.mark.parametrize("rule", [method.name for method in METHODS])
 def test_every_rule_runs_with_the_helpers_and_says_how_exact_it_was(rule, tiny_model):
-    ranks = (4, 4, 4) if rule in ("fedit", "fedex", "rolora") else (4, 2, 1)
+    ranks = (4, 4, 4) if rule in EQUAL_RANKS else (4, 2, 1)
     nodes = {100 + k: helped(tiny_model, k, r, 2 * r + k) for k, r in enumerate(ranks, start=1)}
     strategy = FloraStrategy(rule, min_available_nodes=3, fraction_evaluate=0.0)
     result, _ = run(strategy, nodes, rounds=3)

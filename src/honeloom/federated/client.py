@@ -11,7 +11,7 @@ import torch
 
 from honeloom.errors import HoneloomError, MessageError
 from honeloom.federated.frozen import folded, stacked
-from honeloom.federated.messages import Factors, TrainReply, TrainTask
+from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask
 from honeloom.ops.noise import uniform
 from honeloom.types.federation import LocalJob, LocalPort
 
@@ -54,7 +54,7 @@ class ClientCore:
         except HoneloomError as error:
             return TrainReply(
                 task.experiment, task.round, self.name, version=self.memory.version,
-                error=f"{type(error).__name__}: {error}",
+                error=f"{type(error).__name__}: {error}"[:ERROR],
             )  # fmt: skip
 
     def _train(self, task: TrainTask) -> TrainReply:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from honeloom.config.base import Config, LoadIn, ModelInput, NoResultMark, OptionalFileInput, RowsConfig, RowsInput
 from honeloom.federated.config import AggregationRule, SvdConfig
 from honeloom.federated.privacy import MODES, Mode, mode_of
+from honeloom.system import unportable
 from honeloom.tuning.config import AdamWConfig, Optimizer
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-EQUAL_RANKS = ("fedit", "fedex", "rolora")
+EQUAL_RANKS = ("fedit", "fedex", "rolora", "ffa")
 """Rules that average factors as they are."""
 
 
@@ -48,10 +49,10 @@ class PartitionConfig(Config):
 class ClientConfig(Config):
     """One client: its rows, and when it takes part."""
 
-    id: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="Name, unique.")
+    id: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", description="Name, unique.")
     rows: RowsInput = Field((), description="Its own rows; nobody else reads them.")
     rank: int | dict[int, int] | None = Field(
-        None, description="Of its adapter; {1: 8, 3: 4} changes it from round 3 on. Default: as `ranks` say."
+        None, description='Of its adapter; {"1": 8, "3": 4} changes it from round 3 on. Default: as `ranks` say.'
     )
     joins: int = Field(1, ge=1, description="First round it takes part in.")
     leaves: int | None = Field(None, ge=1, description="First round it no longer takes part in.")
@@ -66,6 +67,8 @@ class ClientConfig(Config):
         ranks = self.rank.values() if isinstance(self.rank, dict) else [self.rank or 1]
         if any(r < 1 for r in ranks) or (isinstance(self.rank, dict) and min(self.rank, default=2) > 1):
             raise ValueError(f"client {self.id!r}: a rank is 1 or more, and ranks by round begin with round 1")
+        if why := unportable(self.id):
+            raise ValueError(f"client {self.id!r} is the name of files, and {why}; name it otherwise")
         return self
 
     def rank_in(self, number: int, default: int) -> int:
@@ -150,7 +153,7 @@ class ServerConfig(Config):
     """What the server does with an aggregated update before it becomes the new state."""
 
     type: Literal["none", "momentum", "adam", "yogi", "adagrad"] = Field(
-        "none", description="momentum works on low-rank updates of any rule; the others on factors of one shape."
+        "none", description="momentum works on the updates of svd and flora; the others on factors of one shape."
     )
     lr: float = Field(1.0, gt=0, description="Multiplies the step.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment, or of the momentum.")
@@ -186,7 +189,10 @@ class FederateConfig(RowsConfig):
     server: ServerConfig = Field(default_factory=ServerConfig, description="Optimizer of the server.")
     uplink: Literal["tensors"] = Field("tensors", description="What clients send: the factors of their adapters.")
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="Who may see what of a client.")
-    weights: Literal["rows", "equal"] = Field("rows", description="Share of a client: by its rows, or the same.")
+    weights: Literal["rows", "equal"] = Field(
+        "rows", description="Share of a client: by its rows, as it tells them when it first replies, or the same."
+    )
+    max_share: float = Field(1.0, gt=0, le=1, description="Largest share of one client; the others get what is over.")
     participation: float = Field(1.0, gt=0, le=1, description="Share of the clients that a round asks, at least one.")
     quorum: float = Field(0.5, gt=0, le=1, description="Share of those asked without whom a round changes nothing.")
     deadline: float = Field(3600.0, gt=0, description="Seconds after which a round no longer waits for replies.")
@@ -223,7 +229,10 @@ class FederateConfig(RowsConfig):
     @field_validator("ranks", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        if any(isinstance(rank, bool) for rank in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("a rank is a number")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> FederateConfig:
@@ -232,8 +241,11 @@ class FederateConfig(RowsConfig):
         if not self.clients and self.partition is None:
             raise ValueError("no clients; give clients with rows of their own, or rows and a partition")
         ids = [client.id for client in self.clients]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"clients: the id {twice[0]!r} is given twice")
+        lower = [i.lower() for i in ids]
+        if twice := sorted({i for i in ids if lower.count(i.lower()) > 1}):
+            raise ValueError(
+                f"clients: the id {twice[0]!r} is given twice (capitals do not tell files apart everywhere)"
+            )
         if self.partition is not None and (mine := [c.id for c in self.clients if c.rows]):
             raise ValueError(f"client {mine[0]!r} has rows of its own, and partition splits rows; give one of them")
         if self.engine == "deployment":
@@ -253,6 +265,10 @@ class FederateConfig(RowsConfig):
         if self.parallel != 1 and self.engine != "simulation":
             raise ValueError(f"parallel is about engine simulation, not {self.engine}; leave it out")
         self._check_rule()
+        if idle := [r for r in range(1, self.rounds + 1) if not any(c.takes_part(r) for c in self.members())]:
+            raise ValueError(
+                f"no client takes part in round {idle[0]}; see joins and leaves of the clients, and rounds"
+            )
         return self
 
     def _check_deployment(self) -> None:
@@ -273,6 +289,17 @@ class FederateConfig(RowsConfig):
             )
         if self.scaffold and (self.optimizer.type != "sgd" or rule not in averages):
             raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
+        if self.scaffold and (getattr(self.optimizer, "momentum", False) or self.optimizer.weight_decay):
+            raise ValueError(
+                "scaffold takes the way of a client over its steps for its mean gradient, which momentum and weight "
+                "decay make wrong (it diverges); leave them out"
+            )
+        truncating = rule in ("flexlora", "fedit", "zero_pad", "ffa", "rolora", "fedex")
+        if self.server.type == "momentum" and truncating and self.starts == "warm":
+            raise ValueError(
+                f"server momentum adds columns, and clients of {rule} begin with as many as they train; use it with "
+                "svd or flora"
+            )
         if self.server.type in ("adam", "yogi", "adagrad") and rule not in averages:
             raise ValueError(
                 f"server {self.server.type} works entry by entry on factors of one shape, and {rule} has none; use "

@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from honeloom.checkpoint.headers import DTYPE_BITS, Header, parse_header
 from honeloom.errors import CheckpointError, MessageError
+from honeloom.types.views import plain as plain_text
 
 __all__ = ["PROTOCOL", "Factors", "Manifest", "TrainReply", "TrainTask", "decode_reply", "decode_task", "encode"]
 
@@ -24,6 +25,8 @@ PROTOCOL = 1
 """Raised when messages change; server and clients of different numbers refuse each other."""
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> b (m, r) and a (r, n)."""
+LARGEST, MOST_METRICS, MOST_ROWS, ERROR = 1e12, 64, 1 << 53, 500
+"""Of what a reply tells beside its tensors: size of a number, numbers, rows, characters of an error."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -173,7 +176,7 @@ def _open(data: bytes, what: str, most: int | None) -> tuple[Header, dict[str, A
     if not isinstance(plain, dict) or plain.pop("protocol", None) != PROTOCOL:
         raise MessageError(f"{what}: not of protocol {PROTOCOL}; server and clients need the same version of honeloom")
     if not set(plain) <= names or not {"experiment", "round", "client"} <= set(plain):
-        raise MessageError(f"{what}: fields {sorted(plain)}, expected {sorted(names)}")
+        raise MessageError(f"{what}: {len(plain)} fields ({', '.join(sorted(plain))[:200]}), expected {sorted(names)}")
     _check_types(plain, what)
     return header, plain
 
@@ -188,14 +191,18 @@ def _check_types(plain: dict[str, Any], what: str) -> None:
             raise MessageError(f"{what}: {name} is {value!r:.40}")
     try:
         metrics = {str(name): float(value) for name, value in plain.get("metrics", {}).items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, ArithmeticError):
         raise MessageError(f"{what}: metrics hold something that is no number") from None
     if not all(math.isfinite(value) for value in metrics.values()):
         raise MessageError(f"{what}: metrics hold NaN or infinity")
+    if any(abs(value) > LARGEST for value in metrics.values()) or len(metrics) > MOST_METRICS:
+        raise MessageError(f"{what}: {len(metrics)} metrics, at most {MOST_METRICS} of at most {LARGEST:g} are taken")
     if "metrics" in plain:
         plain["metrics"] = metrics
-    if plain.get("rows", 0) < 0:
-        raise MessageError(f"{what}: rows is {plain['rows']}")
+    if not 0 <= plain.get("rows", 0) <= MOST_ROWS:
+        raise MessageError(f"{what}: rows is {plain['rows']:.3g}" if plain["rows"] < 1e300 else f"{what}: rows is huge")
+    if plain.get("error") is not None:
+        plain["error"] = plain_text(plain["error"])[:ERROR]
 
 
 def _read(data: bytes, header: Header, what: str, groups: tuple[str, ...], manifest: Manifest | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,11 +32,16 @@ class Silence:
 class Engine(Protocol):
     """Carries tasks to clients and their replies back."""
 
-    def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
-        """Yield every reply that comes within `deadline` seconds, and why others did not."""
+    def exchange(
+        self, tasks: Mapping[str, bytes], deadline: float, needed: int
+    ) -> Iterator[tuple[str, bytes | Silence]]:
+        """Yield every reply that comes within `deadline` seconds, and why others did not.
+
+        Without `needed` of the clients a round is of no use, so that it is worth waiting for them.
+        """
 
     def restore(self, state: ServerState) -> None:
-        """Prepare clients for a federation that goes on from a state."""
+        """Bring clients of an engine that has just begun, and what the state says that they hold, together."""
 
 
 class InlineEngine:
@@ -51,7 +57,9 @@ class InlineEngine:
         self.clients = clients
         self._additions: tuple[int, dict[str, Pair]] = (0, {})
 
-    def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
+    def exchange(
+        self, tasks: Mapping[str, bytes], deadline: float, needed: int
+    ) -> Iterator[tuple[str, bytes | Silence]]:
         """Yield the replies in the order of the tasks; there is nothing to wait for."""
         for name, data in tasks.items():
             reply = self.clients[name].handle(decode_task(data))
@@ -95,33 +103,61 @@ def run_rounds(
     HoneloomError
         Three rounds in a row had too few replies.
     """
-    empty, first = 0, True
+    pending: list[RoundRecord] = []  # rounds that changed nothing; another attempt may do better
+    engine.restore(server.state)
+    first = True
     while server.state.round < server.config.rounds:
         begun, clock = time.monotonic(), _Clock()
         with clock:
             tasks = server.begin()
+            asked = len(tasks)
             for client, data in store.replies(server.state.round + 1):
                 if client in tasks and server.ingest(client, data) == "ok":
                     del tasks[client]
-        if first:
+        if first:  # what was kept has moved the state
             engine.restore(server.state)
             first = False
-        for client, reply in engine.exchange(tasks, server.config.deadline):
-            with clock:
-                if isinstance(reply, Silence):
-                    server.fail(client, reply.reason, status=reply.status)
-                elif server.ingest(client, reply) == "ok":
-                    store.keep_reply(server.state.round + 1, client, reply)
+        needed = max(1, math.ceil(server.config.quorum * asked)) - (asked - len(tasks))
+        _exchange(server, engine, store, tasks, needed, clock)
         with clock:
             record = server.finish()
         record.seconds, record.server_seconds = time.monotonic() - begun, clock.seconds
-        store.save(server.state, record)
+        pending.append(record)
         if done is not None:
             done(record)
-        empty = 0 if record.applied else empty + 1
-        if empty == MOST_EMPTY:
-            reasons = "; ".join(f"{c.id}: {c.reason or c.status}" for c in record.clients if c.status != "ok")
-            raise HoneloomError(f"{MOST_EMPTY} rounds in a row had too few replies ({reasons}); nothing is left to do")
+        if record.applied or server.state.round == server.config.rounds:
+            store.save(server.state, *pending)
+            pending = []
+        elif len(pending) == MOST_EMPTY:
+            raise HoneloomError(
+                f"{MOST_EMPTY} rounds in a row changed nothing ({_why(record)}); mend that, and go on with --resume"
+            )
+
+
+def _exchange(
+    server: ServerCore, engine: Engine, store: RoundStore, tasks: dict[str, bytes], needed: int, clock: _Clock
+) -> None:  # fmt: skip
+    """Carry tasks and take replies; a client that has lost what it held gets its task again, whole."""
+    due = time.monotonic() + server.config.deadline
+    while tasks:
+        again = {}
+        for client, reply in engine.exchange(tasks, max(0.0, due - time.monotonic()), needed):
+            with clock:
+                if isinstance(reply, Silence):
+                    server.fail(client, reply.reason, status=reply.status)
+                    continue
+                status = server.ingest(client, reply)
+                if status == "ok":
+                    store.keep_reply(server.state.round + 1, client, reply)
+                    needed -= 1
+                elif status == "again":
+                    again[client] = server.again(client)
+        tasks = again
+
+
+def _why(record: RoundRecord) -> str:
+    reasons = [f"{c.id}: {c.reason or c.status}" for c in record.clients if c.status != "ok"]
+    return record.reason or "; ".join(reasons) or "nobody was asked"
 
 
 class _Clock:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from honeloom.errors import HoneloomError, IncompatibleModelsError, MessageError
+from honeloom.errors import IncompatibleModelsError, MessageError
 from honeloom.federated.aggregation.exactness import error_norms
 from honeloom.federated.aggregation.warm import whole
 from honeloom.federated.client import fresh_factors, split_shared
@@ -25,12 +25,17 @@ from honeloom.ops.noise import keyed_uniform
 from honeloom.registry import family
 from honeloom.system import peak_rss
 from honeloom.types.updates import Combined, Part
+from honeloom.types.views import plain
 
-__all__ = ["ClientRecord", "RoundRecord", "ServerCore", "ServerState", "kept_part", "outliers"]
+__all__ = ["ClientRecord", "RoundRecord", "ServerCore", "ServerState", "capped", "kept_part", "outliers"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 FEWEST_TO_JUDGE = 3
-"""Updates from which on one of them can be called an outlier."""
+"""Updates from which on one of them can be called an outlier; fewer are compared with those of earlier rounds."""
+REASON = 600
+"""Characters of a reason that are kept."""
+LARGEST_SQUARE = 1e30
+"""Of an update's norm."""
 
 
 @dataclass(slots=True)
@@ -60,7 +65,9 @@ class RoundRecord:
     round : int
         From 1.
     applied : bool
-        False where too few clients replied in time: nothing changed.
+        False where too few clients replied in time, or their updates could not be combined: nothing changed.
+    reason : str or None
+        Why they could not.
     error : float or None
         Relative error of the aggregate, over all modules; None where nothing was aggregated.
     errors : dict
@@ -78,6 +85,7 @@ class RoundRecord:
     round: int
     clients: list[ClientRecord]
     applied: bool = False
+    reason: str | None = None
     error: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     rank: int = 0
@@ -111,6 +119,10 @@ class ServerState:
         Which version of the frozen additions every client has.
     corrections : dict
         SCAFFOLD's corrections of the clients.
+    rows : dict
+        How many rows every client said it has when it first replied.
+    norm : float
+        Largest norm of an update that was aggregated.
     """
 
     round: int = 0
@@ -120,6 +132,8 @@ class ServerState:
     moments: dict[str, Pair] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     corrections: dict[str, dict[str, Pair]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    norm: float = 0.0
 
     def total(self) -> dict[str, Pair]:
         """The whole update of the base so far, as stacked factors."""
@@ -164,6 +178,7 @@ class ServerCore:
         self._settings = config.aggregation.model_dump(exclude={"type"}, exclude_none=True)
         self._optimizer = ServerOptimizer(config.server)
         self._replies: dict[str, TrainReply] = {}
+        self._repeated: set[str] = set()
         self._record: RoundRecord | None = None
 
     def begin(self) -> dict[str, bytes]:
@@ -173,7 +188,7 @@ class ServerCore:
         count = max(1, math.ceil(self.config.participation * len(there) - 1e-9)) if there else 0
         draws = keyed_uniform(self.config.seed, f"federated/asked/{number}", [c.id for c in there])
         asked = {there[i].id for i in sorted(range(len(there)), key=lambda i: (draws[i], there[i].id))[:count]}
-        self._replies = {}
+        self._replies, self._repeated = {}, set()
         self._record = RoundRecord(
             number, [ClientRecord(c.id, self.rank(c), lr=self.config.lr_in(number)) for c in there if c.id in asked]
         )
@@ -219,6 +234,7 @@ class ServerCore:
             manifest = Manifest.of(self.modules, record.rank)
             reply = decode_reply(data, manifest)
             self._check(record, reply)
+            record.norm = self._norm(record, reply) if reply.factors else None
         except MessageError as error:
             self.state.held[client] = 0  # what it holds by now is not known
             return self._refuse(record, str(error))
@@ -226,21 +242,33 @@ class ServerCore:
             record.status, record.reason = "late", f"a reply of round {reply.round}"
             return "late"
         if reply.error is not None:
+            lost = self.state.held.get(client, 0) not in (0, reply.version)  # its process began anew
             self.state.held[client] = 0
-            return self._refuse(record, f"the client could not train: {reply.error[:500]}")
+            if lost and client not in self._repeated:
+                self._repeated.add(client)
+                return "again"
+            return self._refuse(record, f"the client could not train: {reply.error}")
         self.state.held[client] = reply.version
         self._replies[client] = reply
-        record.status, record.reason, record.rows = "ok", None, reply.rows
-        record.norm = self._norm(record, reply)
+        # The first number of rows holds: nobody may weigh more later on.
+        record.status, record.reason, record.rows = "ok", None, self.state.rows.setdefault(client, reply.rows)
         for name in ("loss_before", "loss_after", "seconds"):
             setattr(record, name, reply.metrics.get(name))
         return "ok"
+
+    def again(self, client: str) -> bytes:
+        """The task of a client that has lost what it held, with all that it needs."""
+        record = self._of(client)
+        assert record is not None  # it was asked
+        data = encode(self._task(record))
+        record.bytes_down += len(data)
+        return data
 
     def fail(self, client: str, reason: str, *, status: str = "absent") -> None:
         """Note that a client did not reply, and why."""
         record = self._of(client)
         if record is not None and client not in self._replies:
-            record.status, record.reason = status, reason
+            record.status, record.reason = status, plain(reason)[:REASON]
             self.state.held[client] = 0  # it may have taken the task in, or come back without a memory
 
     def _of(self, client: str) -> ClientRecord | None:
@@ -248,7 +276,7 @@ class ServerCore:
         return next((record for record in clients if record.id == client), None)
 
     def _refuse(self, record: ClientRecord, reason: str) -> str:
-        record.status, record.reason = "rejected", reason
+        record.status, record.reason = "rejected", plain(reason)[:REASON]
         return "rejected"
 
     def _check(self, record: ClientRecord, reply: TrainReply) -> None:
@@ -259,8 +287,19 @@ class ServerCore:
         for module, pair in reply.factors.items():
             if not all(bool(torch.isfinite(t).all()) for t in pair):
                 raise MessageError(f"reply: the factors of {module!r} hold NaN or infinity")
+        self._check_fixed(record, reply)
         if reply.error is None and reply.rows < 1:
             raise MessageError("reply: it has no rows")
+
+    def _check_fixed(self, record: ClientRecord, reply: TrainReply) -> None:
+        """A factor that is not trained must be the one that was sent: the rule counts on it."""
+        trains = self.how.trains(self.state.round + 1)
+        if trains == "both" or not reply.factors:
+            return
+        begun, place = self._begun(record)[0], 1 if trains == "b" else 0
+        for module, pair in reply.factors.items():
+            if not torch.equal(pair[place].float(), begun[module][place]):
+                raise MessageError(f"reply: {'BA'[place]} of {module!r} was to stay as it was sent, and it is another")
 
     def _begun(self, record: ClientRecord) -> tuple[dict[str, Pair], dict[str, Pair]]:
         """What a client began with, as it computed it: trained factors, and what it kept frozen beside them."""
@@ -272,13 +311,15 @@ class ServerCore:
         return split_shared(shared, self.modules, record.rank, scale, keep=self.how.start == "carry")
 
     def _norm(self, record: ClientRecord, reply: TrainReply) -> float:
-        """Frobenius norm of what the client changed, over all modules."""
+        """Frobenius norm of what the client changed, over all modules; refused where float32 could not add."""
         scale = self._alpha(record.rank) / record.rank
         begun, _ = self._begun(record)
         squares = [
             product_norm(*stack_factors([(*pair, scale), (*begun[module], -scale)])) ** 2
             for module, pair in reply.factors.items()
         ]
+        if not math.fsum(squares) < LARGEST_SQUARE:
+            raise MessageError("reply: its update is too large for float32")
         return math.sqrt(math.fsum(squares))
 
     def finish(self) -> RoundRecord:
@@ -289,7 +330,6 @@ class ServerCore:
         came = [self._replies[r.id] for r in record.clients if r.status == "ok"]
         if came and len(came) >= self.config.quorum * len(record.clients):
             self._aggregate(record, [r for r in record.clients if r.status == "ok"], came)
-            record.applied = True
         self.state.round += 1
         record.sha256 = self.state.sha256()
         record.peak_rss_bytes = peak_rss()
@@ -298,12 +338,11 @@ class ServerCore:
 
     def _refuse_outliers(self, record: RoundRecord) -> None:
         ok = [r for r in record.clients if r.status == "ok" and r.norm is not None]
-        for place, reason in outliers([r.norm or 0.0 for r in ok], self.config.outlier).items():
+        for place, reason in outliers([r.norm or 0.0 for r in ok], self.config.outlier, self.state.norm).items():
             self._refuse(ok[place], reason)
 
     def _aggregate(self, record: RoundRecord, clients: Sequence[ClientRecord], replies: Sequence[TrainReply]) -> None:
-        rows = [1 if self.config.weights == "equal" else reply.rows for reply in replies]
-        shares = [n / sum(rows) for n in rows]
+        shares = capped([1 if self.config.weights == "equal" else c.rows for c in clients], self.config.max_share)
         rests = [self._begun(client)[1] for client in clients]
         combined, squares = {}, [0.0, 0.0]
         for module in self.modules:
@@ -313,13 +352,19 @@ class ServerCore:
             ]
             try:
                 combined[module] = self._rule(parts, **self._settings)
-            except IncompatibleModelsError as error:
-                raise HoneloomError(f"round {record.round}, module {module}: {error}") from None
+            except (IncompatibleModelsError, RuntimeError) as error:  # the latter: a decomposition that fails
+                record.reason = f"module {module}: {error}"
+                return
             norms = error_norms(combined[module], parts, seed=self.config.seed)
             record.errors[module] = norms.relative
             squares = [squares[0] + norms.difference**2, squares[1] + norms.target**2]
             record.rank = max(record.rank, whole(combined[module])[0].shape[1])
+        if not all(bool(torch.isfinite(t).all()) for c in combined.values() for t in whole(c)):
+            record.reason = "the aggregate is not finite"
+            return
+        record.applied = True
         record.error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+        self.state.norm = max(self.state.norm, *(c.norm or 0.0 for c in clients))
         if self.config.scaffold:
             self._correct(clients, replies)
         self._move(combined)
@@ -374,17 +419,32 @@ def _minus(one: Pair, other: Pair | None) -> Pair:
     return one if other is None else (one[0] - other[0], one[1] - other[1])
 
 
-def outliers(norms: Sequence[float], times: float) -> dict[int, str]:
-    """Places of norms that are over `times` the median of the others, and why; none among fewer than three.
+def outliers(norms: Sequence[float], times: float, earlier: float = 0.0) -> dict[int, str]:
+    """Places of norms that are over `times` the median of the others, and why.
 
-    Where most did not move at all, nothing can be said about who did.
+    Fewer than three are compared with the largest of earlier rounds. Where that, or most of the
+    others, is 0, nothing can be said.
     """
     found = {}
-    for place, norm in enumerate(norms if len(norms) >= FEWEST_TO_JUDGE else ()):
-        middle = statistics.median(other for k, other in enumerate(norms) if k != place)
-        if norm > times * middle > 0:
-            found[place] = f"norm {norm:.3g} of its update is over {times:g} times {middle:.3g}"
+    for place, norm in enumerate(norms):
+        others = [other for k, other in enumerate(norms) if k != place]
+        usual = statistics.median(others) if len(norms) >= FEWEST_TO_JUDGE else earlier
+        if norm > times * usual > 0:
+            found[place] = f"norm {norm:.3g} of its update is over {times:g} times {usual:.3g}"
     return found
+
+
+def capped(rows: Sequence[int], most: float) -> list[float]:
+    """Shares by rows, none over `most` (or all equal, if that is too little); the others get what is cut off."""
+    shares = [n / sum(rows) for n in rows]
+    if most * len(rows) <= 1:
+        return [1 / len(rows)] * len(rows)
+    fixed: set[int] = set()
+    while over := {k for k, share in enumerate(shares) if share > most + 1e-12} - fixed:
+        fixed |= over
+        left = sum(n for k, n in enumerate(rows) if k not in fixed)
+        shares = [most if k in fixed else n / left * (1 - most * len(fixed)) for k, n in enumerate(rows)]
+    return shares
 
 
 def kept_part(trained: Pair, rest: Pair | None, scale: float, share: float) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,27 @@ class RoundStore:
         self.scratch = folder / STATE
         self.scratch.mkdir(exist_ok=True)
 
+    @staticmethod
+    def read(folder: Path) -> list[dict[str, Any]]:
+        """Lines of the rounds that are done in a folder."""
+        return list(read_journal(folder / ROUNDS))
+
     def records(self) -> list[dict[str, Any]]:
         """Lines of the rounds that are done."""
-        return list(read_journal(self.folder / ROUNDS))
+        return self.read(self.folder)
 
     def load(self) -> ServerState:
         """The state after the last round that is done."""
         done = len(self.records())
         return self._read(self.scratch / f"state-{done:06}.safetensors") if done else ServerState()
 
-    def save(self, state: ServerState, record: RoundRecord) -> None:
-        """Make a round done; what only the rounds before it needed is removed."""
-        path = self.scratch / f"state-{state.round:06}.safetensors"
-        write_bytes(path, _packed(state))
-        with Journal(self.folder / ROUNDS) as journal:
-            journal.append(record.to_json())
+    def save(self, state: ServerState, *records: RoundRecord) -> None:
+        """Make rounds done, of which the last led to the state and others changed nothing; older scratch is removed."""
+        for record in records:
+            path = self.scratch / f"state-{record.round:06}.safetensors"
+            write_bytes(path, _packed(replace(state, round=record.round)))
+            with Journal(self.folder / ROUNDS) as journal:
+                journal.append(record.to_json())
         for old in self.scratch.iterdir():
             if old != path:
                 old.unlink()
@@ -71,7 +78,7 @@ class RoundStore:
     def _read(self, path: Path) -> ServerState:
         plain = json.loads(read_header(path).metadata["state"])
         with Checkpoint(path.parent, [path]) as file:
-            state = ServerState(plain["round"], held=plain["held"])
+            state = ServerState(plain["round"], held=plain["held"], rows=plain["rows"], norm=plain["norm"])
             state.frozen.entries = [{} for _ in range(plain["additions"])]
             state.frozen.first = plain["first"]
             pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
@@ -104,7 +111,9 @@ def _packed(state: ServerState) -> bytes:
         for module, pair in pairs.items()
         for factor, tensor in zip("ba", pair, strict=True)
     }
-    plain = {"round": state.round, "held": state.held, "first": state.frozen.first,
-             "additions": len(state.frozen.entries)}  # fmt: skip
+    plain = {
+        "round": state.round, "held": state.held, "rows": state.rows, "norm": state.norm,
+        "first": state.frozen.first, "additions": len(state.frozen.entries),
+    }  # fmt: skip
     data: bytes = save(tensors, metadata={"state": json.dumps(plain, sort_keys=True)})
     return data

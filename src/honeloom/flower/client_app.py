@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from honeloom.backends.devices import one_thread
-from honeloom.backends.flower.engine import pack, unpack
+from honeloom.backends.flower.engine import pack, told_in, unpack
+from honeloom.backends.flower.launch import SIMULATION
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.federated_model import FederatedModel
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
@@ -61,7 +63,7 @@ def _handle(setup: ClientSetup, task: TrainTask, name: str, memory: ClientMemory
 
 
 def _setup(message: Message) -> ClientSetup:
-    return ClientSetup.of_text(str(message.content["told"]["setup"]))
+    return ClientSetup.of_text(told_in(message.content, "setup"))
 
 
 def _name(setup: ClientSetup, context: Context) -> str:
@@ -85,7 +87,7 @@ def _port(setup: ClientSetup, name: str, context: Context) -> FederatedModel:
     settings = {**setup.settings, **({"device": str(node["device"])} if "device" in node else {})}
     _check_base(setup, model, context)
     port = _model(model, json.dumps(settings, sort_keys=True))
-    source = f"{setup.rows or node.get('rows')}"
+    source = f"{node.get('rows', setup.rows)}"
     if name not in port.clients() or _admitted.get(name) != source:
         port.admit(name, list(_rows(setup, name, node.get("rows"))))
         _admitted[name] = source
@@ -121,8 +123,9 @@ def _check_base(setup: ClientSetup, model: str, context: Context) -> None:
 
 
 def _rows(setup: ClientSetup, name: str, given: object) -> Iterator[Row]:
-    """Rows that the node names, or in a simulation those that the server listed for the client."""
-    if setup.rows is not None:
+    """Rows that the node names, or in a simulation of this machine's those that were listed for the client."""
+    simulated = os.environ.get(SIMULATION)  # set by whoever started this process, so that no server can claim it
+    if given is None and setup.rows is not None and simulated and Path(simulated) == Path(setup.rows).parent:
         listed = json.loads((Path(setup.rows) / f"{name}.json").read_text())
         for part in listed:
             file = RowFile(**{**part["file"], "path": Path(part["file"]["path"])})

@@ -16,6 +16,7 @@ from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.compare import largest_gap, row_logits
 from honeloom.backends.hf.federated_model import FederatedModel
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.checkpoint.adapter import LoraFile
 from honeloom.checkpoint.adapter_writer import combined_config, write_adapter
 from honeloom.checkpoint.folders import copy_tokenizer, discard
 from honeloom.checkpoint.writer import TensorStream
@@ -28,7 +29,7 @@ from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.privacy import exposure_of
 from honeloom.federated.rounds import InlineEngine, run_rounds
 from honeloom.federated.server import ServerCore
-from honeloom.federated.store import STATE, RoundStore
+from honeloom.federated.store import ROUNDS, STATE, RoundStore
 from honeloom.ops.lowrank import compress
 from honeloom.registry import load_target
 from honeloom.runs.atomic import write_json
@@ -54,13 +55,76 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     tokenizer = load_tokenizer(found.paths[0])
     if tokenizer is None:
         raise SourceError(f"{found.value}: no tokenizer, so it cannot be tuned on rows; add tokenizer.json")
+    connection = _connection(work)
     held = _rows(work)
     model = load_model(found.paths[0], loading=Loading.of(config))
     encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
     here = {name: list(table) for name, table in held.items()} if config.engine == "inline" else {}
     port = FederatedModel(model, encoder, here, targets=config.targets, batch_size=config.batch_size)
+    _check_ranks(config, port.modules)
     experiment = _experiment(work, port.modules)
-    store = RoundStore(work.dir)
+    total = _finished(work)
+    if total is None:
+        total = _run(work, experiment, port, held, connection)
+        _write(work, total, port.adapter_config())
+    records = RoundStore.read(work.dir)
+    if config.engine == "deployment":
+        write_json(work.dir / PARTITION, {"sha256": None, "clients": _counted(records)})
+    outcome = Outcome(
+        "adapter", ".", _metrics(records), _verify(work, port, total, records, _probes(encoder, held)),
+        _details(config, records), "adapter",
+    )  # fmt: skip
+    discard(work.dir / STATE)
+    discard(work.dir / HOME)
+    return outcome
+
+
+def _connection(work: Work[FederateConfig]) -> Any:
+    """Where the SuperLink of a deployment is."""
+    config = work.config
+    if config.engine != "deployment":
+        return None
+    link = config.superlink or SuperlinkConfig()
+    roots = Path(link.root_certificates).expanduser().resolve() if link.root_certificates else None
+    if roots is not None and not roots.is_file():
+        raise ConfigError(f"superlink.root_certificates {link.root_certificates!r}: no such file")
+    if roots is not None and (anybody := [c.id for c in config.members() if c.key is None]):
+        work.log.warn(
+            f"any node that the SuperLink lets in may say that it is {anybody[0]}"
+            + (f" or one of {len(anybody) - 1} others" if anybody[1:] else "")
+            + ": give clients the `key` of their nodes"
+        )
+    return load_target("honeloom.backends.flower.launch:Connection")(link.address, roots)
+
+
+def _check_ranks(config: FederateConfig, modules: Mapping[str, tuple[int, int]]) -> None:
+    most = max(min(shape) for shape in modules.values())
+    for client in config.members():
+        if client.largest_rank > most:
+            raise ConfigError(
+                f"client {client.id!r}: rank {client.largest_rank} is over {most}, the most that a matrix of the model "
+                "can need; give a smaller one"
+            )
+
+
+def _finished(work: Work[FederateConfig]) -> dict[str, Pair] | None:
+    """The update of an attempt that was interrupted after its last round, once what led to it is gone."""
+    records = RoundStore.read(work.dir)
+    if len(records) < work.config.rounds or (work.dir / STATE).exists():
+        return None
+    with LoraFile(work.dir) as file:
+        return {
+            module: (file.weights.read(f.b_name) * f.scale, file.weights.read(f.a_name))
+            for module, f in file.factors.items()
+        }
+
+
+def _run(
+    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel, held: Mapping[str, RowSet],
+    connection: Any,
+) -> dict[str, Pair]:  # fmt: skip
+    """Go through the rounds that are not done; the whole update."""
+    config, store = work.config, RoundStore(work.dir)
     if done := store.load().round:
         work.log.say(f"federate: {done} of {config.rounds} rounds were done by an interrupted attempt")
     work.log.say(
@@ -70,18 +134,10 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     if config.engine == "inline":
         _run_inline(work, experiment, port, store)
     else:
-        _run_on_flower(work, experiment, held, store)
-    records = store.records()
-    if not any(record["applied"] for record in records):
-        raise HoneloomError("no round had replies of enough clients, so there is nothing to write; see rounds.jsonl")
-    if config.engine == "deployment":
-        write_json(work.dir / PARTITION, {"sha256": None, "clients": _counted(records)})
-    total = _total(store.load().total(), port.modules)
-    _write(work, total, port.adapter_config())
-    checks = _verify(work, port, total, records, _probes(encoder, held))
-    discard(work.dir / STATE)
-    discard(work.dir / HOME)
-    return Outcome("adapter", ".", _metrics(records), checks, _details(config, records), "adapter")
+        _run_on_flower(work, experiment, held, store, connection)
+    if not any(record["applied"] for record in store.records()):
+        raise HoneloomError("no round changed anything, so there is nothing to write; see rounds.jsonl")
+    return _total(store.load().total(), port.modules)
 
 
 def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]]) -> Experiment:
@@ -92,7 +148,11 @@ def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int
     for k, client in enumerate(config.clients):
         if client.key is not None:
             public_key_hex = load_target("honeloom.backends.flower.engine:public_key_hex")
-            keys[client.id] = public_key_hex(work.inputs[f"clients.{k}.key"].paths[0].read_bytes())
+            path = work.inputs[f"clients.{k}.key"].paths[0]
+            try:
+                keys[client.id] = public_key_hex(path.read_bytes())
+            except ConfigError as error:
+                raise ConfigError(f"key of client {client.id!r}, {path}: {error}") from None
     name = experiment_name(config, {place: i.fingerprint for place, i in work.inputs.items()})
     rows = str(work.dir / HOME / "rows") if config.engine == "simulation" else None
     return Experiment(name, config, modules, work.dir, model, found.fingerprint, rows, keys)
@@ -108,34 +168,28 @@ def _run_inline(
 
 
 def _run_on_flower(
-    work: Work[FederateConfig], experiment: Experiment, held: Mapping[str, RowSet], store: RoundStore
-) -> None:
+    work: Work[FederateConfig], experiment: Experiment, held: Mapping[str, RowSet], store: RoundStore, connection: Any
+) -> None:  # fmt: skip
     """Leave to Flower's processes what they need, start them, and tell what they write."""
     config, home = work.config, work.dir / HOME
     launch = load_target("honeloom.backends.flower.launch:run_app")
-    connection = None
-    if config.engine == "deployment":
-        link = config.superlink or SuperlinkConfig()
-        roots = Path(link.root_certificates).expanduser().resolve() if link.root_certificates else None
-        if roots is not None and not roots.is_file():
-            raise ConfigError(f"superlink.root_certificates {link.root_certificates!r}: no such file")
-        connection = load_target("honeloom.backends.flower.launch:Connection")(link.address, roots)
     discard(home)
     (home / "rows").mkdir(parents=True)
     for name, table in held.items():
         write_json(home / "rows" / f"{name}.json", _listed(table))
     experiment.write(home / "experiment.json")
-    told, events = len(store.records()), 0
+    rounds = work.dir / ROUNDS
+    told, events, seen = len(store.records()), 0, -1
 
     def tick() -> None:
-        nonlocal told, events
+        nonlocal told, events, seen
         said = list(read_journal(home / "events.jsonl"))
         for event in said[events:]:
             work.log.say(f"federate: {event['text']}")
-        records = store.records()
+        records = store.records() if _size(rounds) != seen else []
         for record in records[told:]:
             _tell(work, record)
-        told, events = len(records), len(said)
+        told, seen, events = max(told, len(records)), _size(rounds), len(said)
 
     gpus = 1 / config.parallel if config.engine == "simulation" and choose_device(config.device).type == "cuda" else 0.0
     launch(home, tick, connection=connection, nodes=len(config.members()), parallel=config.parallel, gpus=gpus)
@@ -144,6 +198,10 @@ def _run_on_flower(
             f"the run on Flower ended in round {len(store.records()) + 1} of {config.rounds}, without saying why; its "
             f"log is {home / 'run.log'}; go on with --resume"
         )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _listed(table: RowSet) -> list[dict[str, Any]]:
@@ -198,7 +256,8 @@ def _tell(work: Work[FederateConfig], record: Mapping[str, Any]) -> None:
         if client["status"] != "ok":
             work.log.warn(f"round {number}: {client['id']} {client['status']}: {client['reason'] or 'no reply'}")
     if not record["applied"]:
-        work.log.warn(f"round {number}: {len(ok)} of {len(clients)} clients replied; nothing changed")
+        came = f"{len(ok)} of {len(clients)} clients replied"
+        work.log.warn(f"round {number}: {record['reason'] or came}; nothing changed")
         return
     after = sum((c["loss_after"] or 0.0) * c["rows"] for c in ok) / sum(c["rows"] for c in ok)
     work.log.say(
@@ -269,8 +328,9 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
         ("client_loss_last", applied[-1], "loss_after"),
     ):
         ok = [c for c in record["clients"] if c["status"] == "ok" and c[key] is not None]
-        mean = sum(c[key] * c["rows"] for c in ok) / sum(c["rows"] for c in ok)
-        found.append(Metric(name, mean, len(ok), "nats/token", False, None, "all"))
+        if ok:
+            mean = sum(c[key] * c["rows"] for c in ok) / sum(c["rows"] for c in ok)
+            found.append(Metric(name, mean, len(ok), "nats/token", False, None, "all"))
     return tuple(found)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -17,31 +16,38 @@ from honeloom.errors import ConfigError, HoneloomError
 from honeloom.federated.experiment import Experiment
 from honeloom.federated.rounds import Silence
 from honeloom.federated.server import ServerState
+from honeloom.types.views import plain
 
-__all__ = ["FlowerEngine", "pack", "public_key_hex", "unpack"]
+__all__ = ["FlowerEngine", "pack", "public_key_hex", "told_in", "unpack"]
 
 POLL = 0.5
 """Seconds between looks at the grid."""
+BYTES = "honeloom.bytes"
+"""Kind of an array that is our message as it is."""
 NODE_GONE = 5
 """Flower's code of an error it makes itself where a node went away with a message."""
 
 
 def pack(data: bytes, **told: str) -> RecordDict:
-    """Our message as Flower's records: one array of bytes, which Flower sends in chunks, and some settings."""
+    """Our message as Flower's records: its bytes as one array, which Flower sends in chunks, and some settings."""
     record = RecordDict({"told": ConfigRecord(dict(told))})
     if data:
-        record["message"] = ArrayRecord({"bytes": Array(np.frombuffer(data, dtype=np.uint8))})
+        record["message"] = ArrayRecord({"bytes": Array("uint8", (len(data),), BYTES, data)})
     return record
 
 
 def unpack(content: RecordDict) -> bytes:
-    """The bytes of `pack`; none where the content is something else."""
+    """The bytes of `pack`; none where the content is something else. Nothing is parsed."""
     record = content.array_records.get("message")
     array = record.get("bytes") if record is not None else None
-    if array is None or array.dtype != "uint8":
-        return b""
-    found: bytes = array.numpy().tobytes()  # .npy without objects: Flower reads it with allow_pickle=False
-    return found
+    return array.data if array is not None and array.stype == BYTES else b""
+
+
+def told_in(content: RecordDict, key: str) -> str:
+    """A setting of `pack`, or an empty text."""
+    record = content.config_records.get("told")
+    value = record.get(key) if record is not None else None
+    return value if isinstance(value, str) else ""
 
 
 @dataclass(slots=True)
@@ -98,30 +104,30 @@ class FlowerEngine:
         """Clients of a new run hold nothing."""
         state.held.clear()
 
-    def exchange(self, tasks: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Silence]]:
+    def exchange(
+        self, tasks: Mapping[str, bytes], deadline: float, needed: int
+    ) -> Iterator[tuple[str, bytes | Silence]]:
         """Yield replies as they come, late ones of earlier rounds too, and at last who did not reply."""
         self._round += 1
         due = time.monotonic() + deadline
         open_ = dict.fromkeys(tasks)  # clients without a reply
         missed: dict[str, float] = {}  # since when a client's node is not there
-        told = False
         while open_ and time.monotonic() < due:
             online = {node.node_id: node for node in self.grid.get_nodes()}
             self._meet(online)
             self._send({name: tasks[name] for name in open_}, online, due)
             for name, reply, number in self._replies():
-                if name in tasks and name in open_:
+                if name in open_:
                     yield name, reply
                     if number == self._round:
                         del open_[name]
+                        needed -= 1
             now = time.monotonic()
             gone = [name for name in open_ if self._nodes.get(name) not in online]
             missed = {name: missed.get(name, now) for name in gone}
-            if len(gone) > len(tasks) - max(1, math.ceil(self.config.quorum * len(tasks))):
+            if len(open_) - len(gone) < needed:
                 missed = dict.fromkeys(gone, now)  # too few are there to go on without the others
-                if not told:
-                    self._tell(f"waiting for nodes of {', '.join(gone)}")
-                told = True
+                self._warn(f"waiting for nodes of {', '.join(gone)}")
             for name, since in missed.items():
                 if now - since >= self.config.patience:
                     del open_[name]
@@ -131,39 +137,46 @@ class FlowerEngine:
             time.sleep(POLL)
         for name in open_:
             if self._nodes.get(name) in {node.node_id for node in self.grid.get_nodes()}:
-                yield name, Silence(f"no reply within {deadline:g} s", "late")
+                yield name, Silence(f"no reply within {deadline:.0f} s", "late")
             else:
-                yield name, Silence(f"its node is not connected, for {deadline:g} s")
+                yield name, Silence(f"its node is not connected, for {deadline:.0f} s")
 
     def _meet(self, online: Mapping[int, object]) -> None:
         """Ask new nodes who they are, and let each client be the node that says so."""
+        # Who went away may come back as somebody else, and whose answer failed is asked again.
+        self._claims = {node: name for node, name in self._claims.items() if node in online}
         for node in online:
             if node not in self._claims:
-                self._claims[node] = None
-                content = pack(b"", setup=self._text)
-                (number,) = self.grid.push_messages(
-                    [Message(content, dst_node_id=node, message_type=MessageType.QUERY)]
-                )
-                self._asked[number] = node
+                number = self._push(pack(b"", setup=self._text), node, MessageType.QUERY)
+                if number is not None:
+                    self._claims[node] = None
+                    self._asked[number] = node
         for message in list(self.grid.pull_messages(list(self._asked))) if self._asked else []:
-            node = self._asked.pop(message.metadata.reply_to_message_id)
+            node = self._asked.pop(message.metadata.reply_to_message_id, -1)
             if message.has_error():
+                self._claims.pop(node, None)
                 self._warn(f"node {node} does not say who it is: {_why(message)}")
-            else:
-                self._claims[node] = str(message.content["told"].get("client", ""))[:64]
+            elif node in self._claims:
+                self._claims[node] = plain(told_in(message.content, "client"))[:64]
         for node, name in self._claims.items():
-            if name is None or node not in online or self._nodes.get(name) == node:
+            if name is None or self._nodes.get(name) == node:
                 continue
             if name not in self.setup.clients:
                 self._warn(f"node {node} says that it is {name!r}, none of the clients; it is not asked")
-            elif (key := self._keys.get(name)) and key != public_key_hex(getattr(online[node], "public_key", b"")):
-                self._warn(
-                    f"node {node} says that it is {name!r}, with another key than that client's; it is not asked"
-                )
+            elif (key := self._keys.get(name)) and key != _key_of(online[node]):
+                self._warn(f"node {node} says that it is {name!r}, with another key than its; it is not asked")
             elif self._nodes.get(name) in online:
                 self._warn(f"node {node} says that it is {name!r}, which another node is; it is not asked")
             else:
                 self._nodes[name] = node
+
+    def _push(self, content: RecordDict, node: int, kind: str, **how: Any) -> str | None:
+        """Send a message; its number, or None where the SuperLink did not take it."""
+        message = Message(content, dst_node_id=node, message_type=kind, **how)
+        numbers = [number for number in self.grid.push_messages([message]) if number]
+        if not numbers:
+            self._warn(f"the SuperLink did not take a message to node {node}; its log says why")
+        return numbers[0] if numbers else None
 
     def _warn(self, text: str) -> None:
         if text not in self._told:
@@ -178,19 +191,20 @@ class FlowerEngine:
             if node is None or node not in online or (name, node) in has:
                 continue
             left = max(1.0, due - time.monotonic())
-            message = Message(
-                pack(task, setup=self._text), dst_node_id=node, message_type=MessageType.TRAIN,
-                ttl=2 * left, group_id=str(self._round),
-            )  # fmt: skip
-            (number,) = self.grid.push_messages([message])
-            self._sent[number] = _Sent(name, node, self._round)
+            number = self._push(
+                pack(task, setup=self._text), node, MessageType.TRAIN, ttl=2 * left, group_id=str(self._round)
+            )
+            if number is not None:
+                self._sent[number] = _Sent(name, node, self._round)
 
     def _replies(self) -> Iterator[tuple[str, bytes | Silence, int]]:
         """What has come: client, reply and the round it belongs to."""
         if not self._sent:
             return
         for message in list(self.grid.pull_messages(list(self._sent))):
-            sent = self._sent.pop(message.metadata.reply_to_message_id)
+            sent = self._sent.pop(message.metadata.reply_to_message_id, None)
+            if sent is None:
+                continue
             if not message.has_error():
                 yield sent.client, unpack(message.content), sent.round
             elif sent.round == self._round and message.error.code != NODE_GONE:  # it is sent again once it is back
@@ -200,7 +214,15 @@ class FlowerEngine:
 def _why(message: Message) -> str:
     """The last line of an error's reason, which ends with the exception itself."""
     lines = [line for line in str(message.error.reason or "").splitlines() if line.strip()]
-    return f"{lines[-1].strip()[:300]} (code {message.error.code})" if lines else f"code {message.error.code}"
+    return f"{plain(lines[-1])[:300]} (code {message.error.code})" if lines else f"code {message.error.code}"
+
+
+def _key_of(node: object) -> str:
+    """A node's key as `public_key_hex` has it; of one that cannot be read, nothing that equals another."""
+    try:
+        return public_key_hex(bytes(getattr(node, "public_key", b"")))
+    except ConfigError:
+        return "unreadable"
 
 
 def public_key_hex(key: bytes) -> str:

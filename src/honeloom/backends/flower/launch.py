@@ -19,12 +19,12 @@ from honeloom.errors import HoneloomError
 from honeloom.runs.lock import writer_lock
 from honeloom.system import end_with_parent
 
-__all__ = ["EVENTS", "EXPERIMENT", "FAILED", "FOLDER", "LEADER", "Connection", "run_app"]
+__all__ = ["EVENTS", "EXPERIMENT", "FAILED", "FOLDER", "LEADER", "SIMULATION", "Connection", "run_app"]
 
 FOLDER, EXPERIMENT, EVENTS, FAILED, LEADER = (
     "honeloom-folder", "experiment.json", "events.jsonl", "failed.json", "leader"
 )  # fmt: skip
-CONNECTION = "honeloom"
+CONNECTION, SIMULATION = "honeloom", "HONELOOM_SIMULATION"
 START, STOP = 120.0, 20.0
 """Seconds within which a SuperLink must answer, and end."""
 APP = """[build-system]
@@ -102,6 +102,11 @@ def run_app(
     if (home / FAILED).exists():
         raise HoneloomError(json.loads((home / FAILED).read_text())["message"])
     if process.returncode:
+        if nodes == 0 and not _answers(*_place(connection.address)):
+            raise HoneloomError(
+                f"no SuperLink answers at {connection.address}; start it there with flower-superlink, and go on with "
+                "--resume"
+            )
         raise HoneloomError(f"flwr run ended with code {process.returncode}: {_tail(home / 'run.log')}")
 
 
@@ -133,28 +138,37 @@ def _simulation(home: Path) -> Iterator[Connection]:
         str(port),
     ]  # fmt: skip
     (home / "flwr").mkdir(parents=True, exist_ok=True)
-    with _process(home, "flower-superlink", command, "superlink.log") as process:
+    with _process(home, "flower-superlink", command, "superlink.log", **{SIMULATION: str(home)}) as process:
         begun = time.monotonic()
-        while not _answers(port):
+        while not _answers(port) or process.poll() is not None:
             if process.poll() is not None or time.monotonic() - begun > START:
                 raise HoneloomError(f"flower-superlink did not start: {_tail(home / 'superlink.log')}")
             time.sleep(0.2)
         yield Connection(f"127.0.0.1:{port}")
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(port: int, host: str = "127.0.0.1") -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _place(address: str) -> tuple[int, str]:
+    host, _, port = address.rpartition(":")
+    return int(port), host.strip("[]")
 
 
 @contextlib.contextmanager
-def _process(home: Path, program: str, arguments: Sequence[str], log: str) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    home: Path, program: str, arguments: Sequence[str], log: str, **env: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """One of Flower's programs in a process group of its own, which ends with the context."""
     with open(home / log, "ab") as out:
         process = subprocess.Popen(
             [_program(program), *arguments], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=_environment(home), start_new_session=True, preexec_fn=end_with_parent, cwd=home,
+            env={**_environment(home), **env}, start_new_session=True, preexec_fn=end_with_parent, cwd=home,
         )  # fmt: skip
     try:
         yield process
@@ -196,10 +210,11 @@ def _stop_run(home: Path) -> None:
     words = (home / "run.log").read_text(errors="replace").split("Successfully started run ")
     number = words[-1].split()[0] if len(words) > 1 else ""
     if number.isdigit():
-        subprocess.run(
-            [_program("flwr"), "stop", number, CONNECTION], env=_environment(home), cwd=home, check=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=60,
-        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the app notices by itself that nobody waits
+            subprocess.run(
+                [_program("flwr"), "stop", number, CONNECTION], env=_environment(home), cwd=home, check=False,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=30,
+            )  # fmt: skip
 
 
 def _tail(log: Path) -> str:

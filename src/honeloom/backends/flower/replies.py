@@ -12,6 +12,7 @@ from typing import Any
 from honeloom.backends.flower.records import begin, read_factors, shapes_of
 from honeloom.errors import MessageError, MissingExtraError
 from honeloom.federated.frozen import Pair, Pairs
+from honeloom.federated.messages import MOST_ROWS
 from honeloom.federated.server import ClientRecord, kept_part, outliers
 from honeloom.ops.lowrank import product_norm, stack_factors
 from honeloom.types.updates import Part
@@ -164,7 +165,7 @@ def read_reply(
 
 def _weight(metrics: Mapping[str, Any], key: str) -> float:
     value = metrics.get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, int | float) or not 0 < value <= MOST_ROWS:  # NaN is neither
         raise MessageError(f"metric {key!r} is {value!r}; a number over 0, such as the client's rows")
     return float(value)
 

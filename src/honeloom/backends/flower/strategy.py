@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from honeloom.backends.flower.records import PREFIX, read_factors, shapes_of, write_factors
 from honeloom.backends.flower.replies import (
+    CLIENT,
     Shapes,
     Update,
     client_id,
@@ -259,8 +260,11 @@ class FloraStrategy(FedAvg):  # type: ignore[misc]
             silent.discard(node)
             number = client_id(message)
             client = ClientRecord(str(node if number is None else number), 0, bytes_down=self._bytes_down)
+            double = number is not None and any(other.id == client.id for other in record.clients)
             record.clients.append(client)
             try:
+                if double:
+                    raise MessageError(f"another node has replied as {CLIENT} {number}")
                 found.append(read_reply(message, client, self._shapes, self.weighted_by_key, self.scale, self.max_rank))
             except MessageError as error:
                 client.status, client.reason = "rejected", str(error)
