@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/federated/overhead.py
 
 Three clients of ranks 8, 4, 2 make one step on one row of the lab's base model, six rounds, the same by each engine;
-all must end with one hash. A round's overhead is its wall time less the server's own work, which is the same everywhere,
-and less the time that its clients spent in `handle`: their sum where they take turns, the longest where each is a
-process of its own. The first round, which waits for nodes, is left out. Writes OVERHEAD.md.
+all must end with one hash. A round's overhead is its wall time less the server's own work, which is the same
+everywhere, and less the time that its clients spent in `handle`: their sum where they take turns, the longest where
+each is a process of its own. The first round, which waits for nodes, is left out. Writes OVERHEAD.md.
 """
 
 from __future__ import annotations
