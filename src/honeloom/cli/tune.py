@@ -12,7 +12,12 @@ from honeloom.cli.shared import run_verb, settings
 
 Method = Annotated[str | None, typer.Option("--method", metavar="lora|full", help="What is trained.  [default: lora]")]
 Optimizer = Annotated[
-    str | None, typer.Option("--optimizer", metavar="adamw|sgd", help="What updates the weights.  [default: adamw]")
+    str | None,
+    typer.Option(
+        "--optimizer",
+        metavar="adamw|sgd|mezo",
+        help="What updates the weights; mezo with forward passes alone.  [default: adamw]",
+    ),
 ]
 Epochs = Annotated[float | None, typer.Option("--epochs", metavar="E", help="Passes over the rows.  [default: 1]")]
 Rate = Annotated[

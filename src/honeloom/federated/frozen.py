@@ -68,10 +68,11 @@ class FrozenAdditions:
 
     def add(self, addition: Pairs) -> None:
         """Take one more addition as the next version."""
-        self.entries.append(dict(addition))
+        addition = folded(addition)  # a stack of many clients may itself have more columns than are needed
+        self.entries.append(addition)
         whole = self.total()
         if any(b.shape[1] > min(b.shape[0], a.shape[1]) for b, a in whole.values()):
-            self.first, self.entries, self.latest = self.version, [folded(whole)], dict(addition)
+            self.first, self.entries, self.latest = self.version, [folded(whole)], addition
 
     def total(self) -> dict[str, Pair]:
         """All additions."""

@@ -25,7 +25,7 @@ from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.runner import Job
-from honeloom.tuning.config import Optimizer, TuneConfig
+from honeloom.tuning.config import TuneConfig, TuneOptimizer
 from honeloom.types.plans import Needs, Setting, StagePlan
 
 __all__ = ["describe_needs", "plan_job", "work_of"]
@@ -194,7 +194,7 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
         return work
     return replace(
         work,
-        mode=config.method.type,
+        mode="zeroth-order" if config.optimizer.type == "mezo" else config.method.type,
         rank=getattr(config.method, "rank", 0),
         states=_states(config.optimizer),
         accumulate=config.accumulate,
@@ -202,8 +202,10 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
     )
 
 
-def _states(optimizer: Optimizer) -> int:
+def _states(optimizer: TuneOptimizer) -> int:
     """Tensors that an optimizer keeps per weight."""
+    if optimizer.type == "mezo":
+        return 0
     return 2 if optimizer.type == "adamw" else int(optimizer.momentum > 0)
 
 
@@ -245,7 +247,7 @@ def _tuning_settings(work: Work, stored: str | None) -> Iterator[tuple[str, str,
     yield "all weights, bf16", f"--method full {small}", replace(one, mode="full")
     sharded = replace(one, mode="full", processes=SHARDS)
     yield f"all weights, sharded over {SHARDS} GPUs", f"--method full {small}, with the FSDP profile", sharded
-    yield "zeroth-order, bf16", "forward passes only; not offered yet", replace(one, mode="zeroth-order")
+    yield "zeroth-order, bf16", f"--optimizer mezo {small}", replace(one, mode="zeroth-order")
 
 
 _BITS = {"4bit": "4 bits", "8bit": "8 bits"}

@@ -209,7 +209,8 @@ def space_needed(job: Job) -> int:
         decoder = read_decoder(read_config(model.base or model.paths[0]))
     except CheckpointError:  # a family without known sizes
         return (1 + 2 * 3) * model.size if full else rows + SMALL_FILES
-    states = 2 if config.optimizer.type == "adamw" else int(config.optimizer.momentum > 0)
+    kinds = {"adamw": 2, "sgd": int(getattr(config.optimizer, "momentum", 0) > 0), "mezo": 0}
+    states = kinds[config.optimizer.type]
     width = 0 if full else config.method.rank
     return tuning_bytes(decoder, full=full, rank=width, states=states, dtype=config.dtype, rows=rows)
 

@@ -15,6 +15,7 @@ from honeloom.backends.hf.compare import largest_gap, packing_leak, row_logits
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import restore_trainable
 from honeloom.backends.hf.tune import Trained, add_lora, require_trackers, train, unfreeze
+from honeloom.backends.hf.zeroth_order import train_zeroth_order
 from honeloom.checkpoint.folders import copy_tokenizer, discard, read_config, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
@@ -61,16 +62,13 @@ def execute(work: Work[TuneConfig]) -> Outcome:
         _require_packing(model, encoded, found.value)
     _warn_of_memory(work, device, max(len(e.ids) for e in encoded))
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
-    trained = train(
-        model,
-        encoded,
-        config,
-        work.dir / "checkpoints",
-        work.log,
-        device=device,
-        name=published_name(work.dir),
-        autocast=None if compute is torch.float32 else compute,
-    )
+    autocast = None if compute is torch.float32 else compute
+    folder = work.dir / "checkpoints"
+    if config.optimizer.type == "mezo":
+        trained = train_zeroth_order(model, encoded, config, folder, work.log, device=device, autocast=autocast)
+    else:
+        name = published_name(work.dir)
+        trained = train(model, encoded, config, folder, work.log, device=device, name=name, autocast=autocast)
     probes = [list(e.ids) for e in encoded[:4]]
     checks: tuple[Check, ...] = ()
     if sharded():

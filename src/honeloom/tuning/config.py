@@ -57,7 +57,27 @@ class SgdConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
 
 
+class MezoConfig(Config):
+    """Zeroth-order steps: two forward passes along a random direction, no gradients kept (arXiv:2305.17333)."""
+
+    type: Literal["mezo"] = "mezo"
+    mu: float = Field(1e-3, gt=0, description="Distance to both sides, in units of the weights.")
+    direction: Literal["gaussian", "rademacher"] = Field(
+        "gaussian", description="Normal numbers, as published, or signs, which are drawn ten times faster."
+    )
+    directions: int = Field(1, ge=1, description="Per step; each costs two forward passes.")
+    setting: Literal["memory", "speed"] = Field(
+        "memory", description="Draw directions again for every pass, or keep them: one more copy of what is trained."
+    )
+    perturb: Literal["all", "b"] = Field("all", description="Of LoRA: both factors, or B alone.")
+    clip: float | None = Field(None, gt=0, description="Largest magnitude of a step's scalar.")
+    objective: Literal["loss", "accuracy"] = Field(
+        "loss", description="What is made small: the loss, or the share of target tokens that are not the likeliest."
+    )
+
+
 Optimizer = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type"), default_type("adamw")]
+TuneOptimizer = Annotated[AdamWConfig | SgdConfig | MezoConfig, Field(discriminator="type"), default_type("adamw")]
 
 
 class TuneConfig(RowsConfig):
@@ -66,8 +86,10 @@ class TuneConfig(RowsConfig):
     model: ModelInput
     rows: RowsInput = Field(min_length=1)
     method: TuneMethod = Field(default_factory=LoraMethodConfig)
-    optimizer: Optimizer = Field(default_factory=AdamWConfig)
-    lr: float | None = Field(None, gt=0, description="Default 2e-4 for lora, 2e-5 for full.")
+    optimizer: TuneOptimizer = Field(default_factory=AdamWConfig)
+    lr: float | None = Field(
+        None, gt=0, description="Default 2e-4 for lora, 2e-5 for full; with mezo 1e-4 for lora, 1e-6 for full."
+    )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps.")
     max_steps: int | None = Field(None, gt=0, description="Stop after N optimizer steps.")
@@ -104,11 +126,28 @@ class TuneConfig(RowsConfig):
             raise ValueError(f"load_in {self.load_in}: quantised weights cannot be trained; use method lora (QLoRA)")
         if self.packing and self.group_by_length:
             raise ValueError("packing leaves no padding, so group_by_length would change nothing; give one of them")
+        if isinstance(self.optimizer, MezoConfig):
+            self._check_mezo(self.optimizer)
         return self
+
+    def _check_mezo(self, mezo: MezoConfig) -> None:
+        """Refuse what means nothing where there are no gradients."""
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: mezo keeps no activations, so there is nothing to save; leave it out"
+            )
+        if self.max_grad_norm != type(self).model_fields["max_grad_norm"].default:
+            raise ValueError("max_grad_norm: mezo has no gradients; use optimizer.clip, which bounds its scalars")
+        if self.report_to:
+            raise ValueError("report_to: trackers are told by the trainer, which mezo does not use; leave it out")
+        if mezo.perturb == "b" and self.method.type != "lora":
+            raise ValueError("optimizer.perturb b is about the factors of LoRA; use method lora")
 
     @property
     def learning_rate(self) -> float:
         """The rate in force."""
         if self.lr is not None:
             return self.lr
+        if self.optimizer.type == "mezo":
+            return 1e-4 if self.method.type == "lora" else 1e-6
         return 2e-4 if self.method.type == "lora" else 2e-5

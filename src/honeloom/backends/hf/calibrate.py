@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from honeloom.backends.devices import release_memory
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.local_steps import build_optimizer, collator, local_steps
+from honeloom.errors import ConfigError
 from honeloom.tuning.config import TuneConfig
 
 __all__ = ["seconds_per_step"]
@@ -77,6 +78,8 @@ def _timed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
+    if settings.optimizer.type == "mezo":
+        raise ConfigError("--calibrate times steps with gradients, and mezo has none; leave one of them out")
     weights = torch.float32 if settings.method.type == "full" else dtype
     with torch.random.fork_rng(devices=[]):
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=weights).to(device))

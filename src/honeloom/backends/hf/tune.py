@@ -370,6 +370,7 @@ class _OrderedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
+            assert self.settings.optimizer.type != "mezo"  # which has a loop of its own
             self.optimizer = build_optimizer(trained, self.settings.optimizer, self.settings.learning_rate)
         return self.optimizer
 
