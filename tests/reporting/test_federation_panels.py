@@ -80,9 +80,9 @@ def traces(panel):
 
 def test_panels_are_absent_without_rounds(tmp_path):
     report = federation(tmp_path, [])
-    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 6
+    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 7
     (tmp_path / "rounds.jsonl").unlink()
-    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 6
+    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 7
 
 
 def test_a_round_that_nobody_answered_has_no_updates(tmp_path):

@@ -254,7 +254,9 @@ def test_a_killed_superlink_costs_a_resume(site, tiny_model, tmp_path):
         if text.startswith("round 2/"):
             site.kill("superlink")
 
-    how = {"rounds": 4, "aggregation": "flora", "output_dir": tmp_path / "out", **SETTINGS, **deployment(site)}
+    # Nodes come back at different times: wait for all of them.
+    how = {**deployment(site), "patience": 200, "rounds": 4, "aggregation": "flora", "output_dir": tmp_path / "out"}
+    how |= SETTINGS
     with pytest.raises(honeloom.errors.HoneloomError):
         honeloom.federate(tiny_model, console=Told(watch), **how)
     assert not (tmp_path / "out").exists()
@@ -262,6 +264,6 @@ def test_a_killed_superlink_costs_a_resume(site, tiny_model, tmp_path):
     said = []
     report = honeloom.federate(tiny_model, console=Told(said.append), resume=True, **how)
     assert any("2 of 4 rounds were done" in text for text in said)
+    assert [c["status"] for c in report.details["clients"]] == [["ok"] * 4] * 3, said
     assert report.details["global_sha256"] == straight.details["global_sha256"]
-    assert [c["status"] for c in report.details["clients"]] == [["ok"] * 4] * 3
     assert json.loads((tmp_path / "out" / "partition.json").read_text())["clients"][0] == {"id": "a", "rows": 30}
