@@ -655,6 +655,10 @@ def test_momentum_goes_on_in_the_direction_of_the_last_rounds(tmp_path):
             "momentum and weight decay",
         ),
         ({"aggregation": "fedex", "ranks": 2, "server": {"type": "momentum"}}, "use it with svd or flora"),
+        ({"optimizer": "mezo", "proximal": 0.1}, "mezo has none"),
+        ({"optimizer": "mezo", "max_grad_norm": 0.5}, "bounds its scalars"),
+        ({"optimizer": {"type": "mezo", "perturb": "b"}, "aggregation": "rolora", "ranks": 2}, "use ffa, or all"),
+        ({"optimizer": "mezo", "aggregation": "fedit", "ranks": 2, "scaffold": True}, "use optimizer sgd"),
         ({"privacy": {"mode": "flora-stack"}, "aggregation": "svd"}, "aggregation svd is of mode flora-svd"),
         ({"privacy": {"mode": "dense-sum"}}, "is not to be had here"),
         ({"privacy": {"mode": "seed-pool"}}, "zeroth-order clients"),
@@ -749,6 +753,21 @@ def test_the_plan_tells_who_sees_what_and_how_much_travels():
     notes = "\n".join(next(stage for stage in plan if stage.verb == "federate").notes)
     assert "privacy flora-svd" in notes and "other clients see of it: the aggregate alone" in notes
     assert re.search(r"up 0\.\d+ MB to 0\.\d+ MB, down 0\.\d+ MB", notes)
+
+
+def test_clients_tune_by_forward_passes_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("there is no backward pass"))
+    how = {"rows": "lab:dev", "partition": {"type": "domain", "n": 2}, "ranks": 4, "rounds": 2, "local_steps": 20,
+           "batch_size": 4, "max_length": 48, "lr": 5e-4, "aggregation": "ffa"}  # fmt: skip
+    hashes = set()
+    for setting in ("memory", "speed"):
+        mezo = {"type": "mezo", "direction": "rademacher", "setting": setting}
+        report = honeloom.federate("lab:base", optimizer=mezo, output_dir=tmp_path / setting, **how)
+        metrics = {m.name: m.value for m in report.metrics}
+        assert metrics["client_loss_last"] < metrics["client_loss_first"] - 0.02
+        assert report.details["relative_error"] < 1e-6
+        hashes.add(report.details["global_sha256"])
+    assert len(hashes) == 1
 
 
 def test_clients_with_rows_of_their_own(tmp_path):

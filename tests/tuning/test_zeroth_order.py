@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from honeloom.tuning.zeroth_order import ZerothOrder, direction, step_size
+from honeloom.tuning.zeroth_order import ZerothOrder, direction, step_seeds, step_size
 
 CURVATURE = torch.linspace(0.1, 2.0, 50, dtype=torch.float64)
 
@@ -193,6 +193,12 @@ def test_an_objective_without_a_gradient_is_one():
     for seed in range(400):
         stepper.step(lambda: float((params["w"] < 0).sum()), [seed], 0.05)
     assert int((params["w"] < 0).sum()) < 5
+
+
+def test_seeds_follow_from_names_and_steps():
+    assert step_seeds(1, "a/3", 0, 2) == step_seeds(1, "a/3", 0, 2)
+    found = [seed for name in ("a/3", "a/4") for step in range(50) for seed in step_seeds(1, name, step, 2)]
+    assert len(set(found)) == 200 and all(0 <= seed < 2**63 for seed in found)
 
 
 @pytest.mark.parametrize("bad", [{"mu": 0.0}, {"mu": math.nan}, {"clip": 0.0}, {"mu": -1.0}])

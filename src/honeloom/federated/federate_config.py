@@ -11,7 +11,7 @@ from honeloom.config.base import Config, LoadIn, ModelInput, NoResultMark, Optio
 from honeloom.federated.config import AggregationRule, SvdConfig
 from honeloom.federated.privacy import MODES, Mode, mode_of
 from honeloom.system import unportable
-from honeloom.tuning.config import AdamWConfig, Optimizer
+from honeloom.tuning.config import AdamWConfig, MezoConfig, TuneOptimizer
 
 __all__ = [
     "ClientConfig",
@@ -176,7 +176,10 @@ class FederateConfig(RowsConfig):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Of the learning rate, over the rounds: constant, or falling to a tenth."
     )
-    optimizer: Optimizer = Field(default_factory=AdamWConfig, description="Of the clients; begins anew every round.")
+    optimizer: TuneOptimizer = Field(
+        default_factory=AdamWConfig,
+        description="Of the clients; begins anew every round. mezo needs the memory of inference, and far lower rates.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of half the squared distance from the start.")
     scaffold: bool = Field(False, description="SCAFFOLD: correct clients' drift; with sgd and rules of one shape.")
@@ -289,7 +292,11 @@ class FederateConfig(RowsConfig):
             )
         if self.scaffold and (self.optimizer.type != "sgd" or rule not in averages):
             raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
-        if self.scaffold and (getattr(self.optimizer, "momentum", False) or self.optimizer.weight_decay):
+        if isinstance(self.optimizer, MezoConfig):
+            self._check_mezo(self.optimizer)
+        if self.scaffold and (
+            getattr(self.optimizer, "momentum", False) or getattr(self.optimizer, "weight_decay", False)
+        ):
             raise ValueError(
                 "scaffold takes the way of a client over its steps for its mean gradient, which momentum and weight "
                 "decay make wrong (it diverges); leave them out"
@@ -315,6 +322,15 @@ class FederateConfig(RowsConfig):
         allowed: dict[str, tuple[str, ...]] = {"flora": ("reset",), "svd": ("warm", "reset")}
         if self.start is not None and self.start not in allowed.get(rule, ("warm",)):
             raise ValueError(f"start {self.start}: {rule} goes on {' or '.join(allowed.get(rule, ('warm',)))}")
+
+    def _check_mezo(self, mezo: MezoConfig) -> None:
+        """Refuse what means nothing where there are no gradients."""
+        if self.proximal:
+            raise ValueError("proximal is a term of gradients, and mezo has none; leave it out")
+        if self.max_grad_norm != type(self).model_fields["max_grad_norm"].default:
+            raise ValueError("max_grad_norm: mezo has no gradients; use optimizer.clip, which bounds its scalars")
+        if mezo.perturb == "b" and self.aggregation.type == "rolora":
+            raise ValueError("rolora trains A in even rounds, and optimizer.perturb b would leave it; use ffa, or all")
 
     @property
     def starts(self) -> Literal["warm", "reset"]:

@@ -6,6 +6,7 @@ seeds and scalars can repeat every step, to the last bit, without the data.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 
 from honeloom.ops.noise import normal, rademacher
 
-__all__ = ["Kind", "Probe", "ZerothOrder", "direction", "step_size"]
+__all__ = ["Kind", "Probe", "ZerothOrder", "direction", "step_seeds", "step_size"]
 
 Kind = Literal["gaussian", "rademacher"]
 Loss = Callable[[], float]
@@ -50,6 +51,27 @@ def direction(seed: int, name: str, like: torch.Tensor, kind: Kind) -> torch.Ten
 def step_size(lr: float, scalar: float, directions: int = 1) -> float:
     """What a direction is multiplied with: lr * scalar / directions, rounded once to float32."""
     return float(np.float32(lr * scalar / directions))
+
+
+def step_seeds(seed: int, name: str, step: int, directions: int) -> list[int]:
+    """Seeds of one step's directions: whoever knows the name of the work and its step can derive them.
+
+    Parameters
+    ----------
+    seed : int
+        Of the work.
+    name : str
+        Of the part of it, such as a client and a round.
+    step, directions : int
+        Which step, and how many seeds.
+
+    Returns
+    -------
+    list of int
+        Below 2**63.
+    """
+    texts = (f"{seed}/zeroth-order/{name}/{step}/{k}" for k in range(directions))
+    return [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest(), "little") >> 1 for t in texts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,15 @@ from pydantic import TypeAdapter
 
 from honeloom.backends.devices import one_thread
 from honeloom.backends.hf.chat import Encoded, Encoder
-from honeloom.backends.hf.local_steps import build_optimizer, local_steps
+from honeloom.backends.hf.local_steps import build_optimizer, collator, local_steps
 from honeloom.backends.hf.score import Scorer
 from honeloom.backends.hf.tune import lora_arguments
 from honeloom.backends.hf.utility import trainable
+from honeloom.backends.hf.zeroth_order import objective_of
 from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform, permutation
-from honeloom.tuning.config import Optimizer
+from honeloom.tuning.config import MezoConfig, TuneOptimizer
+from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
 from honeloom.types.federation import LocalJob, LocalResult, Pairs
 from honeloom.types.rows import Row
 
@@ -169,12 +171,32 @@ class FederatedModel:
 
     def _steps(self, job: LocalJob, adapter: str) -> None:
         settings = job.settings
-        optimizer_settings: Any = TypeAdapter(Optimizer).validate_python(settings["optimizer"])
+        optimizer_settings: Any = TypeAdapter(TuneOptimizer).validate_python(settings["optimizer"])
+        if isinstance(optimizer_settings, MezoConfig):
+            self._zeroth_order_steps(job, adapter, optimizer_settings)
+            return
         optimizer = build_optimizer(self.model, optimizer_settings, settings["lr"])
         local_steps(
             self.model, self._batches(job), optimizer, max_grad_norm=settings["max_grad_norm"],
             adjust=self._adjustment(job, adapter),
         )  # fmt: skip
+
+    def _zeroth_order_steps(self, job: LocalJob, adapter: str, mezo: MezoConfig) -> None:
+        """Steps by forward passes; seeds follow from the job, so that nobody needs to send them."""
+        params = {}
+        for name, layer in self._layers.items():
+            for factor, part in (("b", layer.lora_B), ("a", layer.lora_A)):
+                if part[adapter].weight.requires_grad and (mezo.perturb == "all" or factor == "b"):
+                    params[f"{name}|{factor}"] = part[adapter].weight.data
+        stepper = ZerothOrder(
+            params, mu=mezo.mu, kind=mezo.direction, cache=mezo.setting == "speed", clip=mezo.clip
+        )  # fmt: skip
+        collate = collator(False, self._rows[job.client])
+        for step, passes in enumerate(self._batches(job)):
+            inputs = [{k: t.to(self.model.device) for k, t in collate(rows).items()} for rows in passes]
+            targets = sum(sum(e.scored[1:]) for rows in passes for e in rows)
+            seeds = step_seeds(job.seed, job.order, step, mezo.directions)
+            stepper.step(objective_of(self.model, inputs, targets, mezo.objective), seeds, job.settings["lr"])
 
     def _batches(self, job: LocalJob) -> Iterator[list[list[Encoded]]]:
         """A pass over the rows in a drawn order, and further ones, until there are steps enough."""

@@ -19,7 +19,7 @@ from honeloom.runs.log import Log
 from honeloom.runs.processes import world_size
 from honeloom.runs.signals import deferred_signals
 from honeloom.tuning.config import MezoConfig, TuneConfig
-from honeloom.tuning.zeroth_order import Probe, ZerothOrder
+from honeloom.tuning.zeroth_order import Probe, ZerothOrder, step_seeds
 
 __all__ = ["objective_of", "perturbed", "train_zeroth_order"]
 
@@ -135,7 +135,7 @@ def train_zeroth_order(
                 continue
             if pending.number is not None:
                 break
-            seeds = [(config.seed << 32) + number * mezo.directions + k for k in range(mezo.directions)]
+            seeds = step_seeds(config.seed, "tune", number, mezo.directions)
             probes = stepper.step(objective_of(model, passes, targets, mezo.objective), seeds, rates[number])
             losses.append(_mean(probes))
             journal.append({"seeds": seeds, "scalars": [p.scalar for p in probes], "loss": losses[-1]})
