@@ -15,7 +15,16 @@ from honeloom.federated import METHODS
 from honeloom.federated.client import ClientCore, ClientMemory, fresh_factors, split_shared
 from honeloom.federated.federate_config import FederateConfig, PartitionConfig
 from honeloom.federated.frozen import FrozenAdditions, folded, stacked
-from honeloom.federated.messages import Manifest, TrainReply, TrainTask, decode_reply, decode_task, encode
+from honeloom.federated.messages import (
+    Manifest,
+    TrainReply,
+    TrainTask,
+    decode_reply,
+    decode_task,
+    digest_of,
+    encode,
+    pack_scalars,
+)  # fmt: skip
 from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.privacy import MODES, exposure_of, mode_of
 from honeloom.federated.rounds import InlineEngine, Silence, run_rounds
@@ -23,6 +32,7 @@ from honeloom.federated.server import ServerCore, capped, outliers
 from honeloom.federated.store import RoundStore
 from honeloom.runs import atomic
 from honeloom.testing.fakes import FakeRows, chat_row
+from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
 from honeloom.types.federation import LocalResult
 
 MODULES = {"layers.0.q": (6, 5), "layers.1.q": (4, 7)}
@@ -656,6 +666,7 @@ def test_momentum_goes_on_in_the_direction_of_the_last_rounds(tmp_path):
         ),
         ({"aggregation": "fedex", "ranks": 2, "server": {"type": "momentum"}}, "use it with svd or flora"),
         ({"optimizer": "mezo", "proximal": 0.1}, "mezo has none"),
+        ({"uplink": "scalars"}, "adamw has none; use optimizer mezo"),
         ({"optimizer": "mezo", "max_grad_norm": 0.5}, "bounds its scalars"),
         ({"optimizer": {"type": "mezo", "perturb": "b"}, "aggregation": "rolora", "ranks": 2}, "use ffa, or all"),
         ({"optimizer": "mezo", "aggregation": "fedit", "ranks": 2, "scaffold": True}, "use optimizer sgd"),
@@ -768,6 +779,77 @@ def test_clients_tune_by_forward_passes_alone(tmp_path, monkeypatch):
         assert report.details["relative_error"] < 1e-6
         hashes.add(report.details["global_sha256"])
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation": "svd"}, {"aggregation": "flora"}, {"aggregation": "rolora", "ranks": 2},
+        {"aggregation": "fedit", "ranks": 2, "perturb": "b"}, {"aggregation": "svd", "directions": 2, "clip": 0.5},
+    ],
+)  # fmt: skip
+def test_scalars_say_what_tensors_say(tmp_path, changes):
+    """The server has the very factors, whatever the rule makes of them; a message is some hundred bytes."""
+    mezo = {"type": "mezo", "direction": "rademacher", **{k: v for k, v in changes.items() if k in MEZO}}
+    how = {"rows": "lab:dev", "limit": 60, "partition": {"type": "iid", "n": 2}, "ranks": [4, 2], "rounds": 2,
+           "local_steps": 6, "batch_size": 2, "max_length": 32, "lr": 2e-4, "optimizer": mezo,
+           **{k: v for k, v in changes.items() if k not in MEZO}}  # fmt: skip
+    found = {}
+    for uplink in ("tensors", "scalars"):
+        report = honeloom.federate("lab:base", uplink=uplink, output_dir=tmp_path / uplink, **how)
+        assert [c["status"] for c in report.details["clients"]] == [["ok", "ok"]] * 2
+        found[uplink] = (report.details["global_sha256"], [c["bytes_up"] / 2 for c in report.details["clients"]])
+    assert found["tensors"][0] == found["scalars"][0]
+    assert max(found["scalars"][1]) < 700 < 50 * 700 < min(found["tensors"][1])
+
+
+MEZO = ("perturb", "directions", "clip")
+
+
+def scalar_reply(scalars, digest="0" * 16, **changes):
+    return TrainReply(
+        **{"experiment": "test", "round": 1, "client": "client-0", "rows": 5, "scalars": scalars, "digest": digest}
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply_of", "what"),
+    [
+        (lambda: scalar_reply(pack_scalars([[0.5], [0.25]])), "do not lead to the factors"),
+        (lambda: scalar_reply(pack_scalars([[0.5]])), "1 scalars and 0 factors, expected 2 and none"),
+        (lambda: scalar_reply(pack_scalars([[0.5], [math.nan]])), "scalars hold NaN"),
+        (lambda: scalar_reply("zz" * 8), "scalars and 0 factors"),
+        (lambda: scalar_reply(""), "0 scalars"),
+        (lambda: reply(rank=3), "3 factors|2 factors|bytes, and at most"),
+    ],
+)
+def test_forged_scalars_are_refused(reply_of, what):
+    config = settings(optimizer="mezo", uplink="scalars", local_steps=2)
+    server = ServerCore(config, "test", MODULES)
+    server.begin()
+    assert server.ingest("client-0", encode(reply_of())) == "rejected"
+    assert re.search(what, server._record.clients[0].reason)
+
+
+def test_scalars_lead_the_server_where_the_client_went_and_a_replay_of_them_nowhere():
+    config = settings(optimizer={"type": "mezo", "directions": 2}, uplink="scalars", local_steps=3, lr=0.1)
+    server = ServerCore(config, "test", MODULES)
+    server.begin()
+    begun = fresh_factors(MODULES, 3, 0, "shared")
+    params = {f"{m}|{f}": t for m, pair in begun.items() for f, t in zip("ba", pair, strict=True)}
+    stepper, scalars = ZerothOrder(params, mu=1e-3), []
+    for step in range(3):
+        seeds = step_seeds(0, "client-0/1", step, 2)
+        loss = lambda: float(sum((t.double() - 0.3).square().sum() for t in params.values()))  # noqa: E731
+        scalars.append([p.scalar for p in stepper.step(loss, seeds, 0.1)])
+    sent = encode(scalar_reply(pack_scalars(scalars), digest_of(begun)))
+    assert server.ingest("client-0", sent) == "ok" and len(sent) < 700
+    mine = server._replies["client-0"].factors
+    assert all(torch.equal(x, y) for m in MODULES for x, y in zip(mine[m], begun[m], strict=True))
+    server.finish()
+    server.begin()
+    assert server.ingest("client-0", sent) == "late"  # of round 1
 
 
 def test_clients_with_rows_of_their_own(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from honeloom.errors import HoneloomError, MessageError
 from honeloom.federated.frozen import folded, stacked
-from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask
+from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask, digest_of, pack_scalars
 from honeloom.ops.noise import uniform
 from honeloom.types.federation import LocalJob, LocalPort
 
@@ -77,6 +77,11 @@ class ClientCore:
         result = self.port.train(job)
         memory.round = task.round
         metrics = {**result.metrics, "seconds": time.monotonic() - begun}
+        if task.settings.get("uplink") == "scalars":
+            return TrainReply(
+                task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
+                scalars=pack_scalars(result.scalars), digest=digest_of(result.factors),
+            )  # fmt: skip
         return TrainReply(
             task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
             factors=result.factors,

@@ -190,7 +190,11 @@ class FederateConfig(RowsConfig):
         None, description="Where a round's adapters begin: at the aggregate, or anew beside it. Default: the rule's."
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="Optimizer of the server.")
-    uplink: Literal["tensors"] = Field("tensors", description="What clients send: the factors of their adapters.")
+    uplink: Literal["tensors", "scalars"] = Field(
+        "tensors",
+        description="What clients send: the factors of their adapters, or, with mezo, one number per step and "
+        "direction, from which the server has the very factors.",
+    )
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="Who may see what of a client.")
     weights: Literal["rows", "equal"] = Field(
         "rows", description="Share of a client: by its rows, as it tells them when it first replies, or the same."
@@ -294,6 +298,8 @@ class FederateConfig(RowsConfig):
             raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
         if isinstance(self.optimizer, MezoConfig):
             self._check_mezo(self.optimizer)
+        elif self.uplink == "scalars":
+            raise ValueError(f"uplink scalars: {self.optimizer.type} has none; use optimizer mezo, or uplink tensors")
         if self.scaffold and (
             getattr(self.optimizer, "momentum", False) or getattr(self.optimizer, "weight_decay", False)
         ):

@@ -6,12 +6,16 @@ metadata. A document is checked against what was agreed before a tensor of it is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save
 
@@ -19,7 +23,10 @@ from honeloom.checkpoint.headers import DTYPE_BITS, Header, parse_header
 from honeloom.errors import CheckpointError, MessageError
 from honeloom.types.views import plain as plain_text
 
-__all__ = ["PROTOCOL", "Factors", "Manifest", "TrainReply", "TrainTask", "decode_reply", "decode_task", "encode"]
+__all__ = [
+    "PROTOCOL", "Factors", "Manifest", "TrainReply", "TrainTask", "decode_reply", "decode_task", "digest_of", "encode",
+    "pack_scalars", "unpack_scalars",
+]  # fmt: skip
 
 PROTOCOL = 1
 """Raised when messages change; server and clients of different numbers refuse each other."""
@@ -27,6 +34,7 @@ Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> b (m, r) and a (r, n)."""
 LARGEST, MOST_METRICS, MOST_ROWS, ERROR = 1e12, 64, 1 << 53, 500
 """Of what a reply tells beside its tensors: size of a number, numbers, rows, characters of an error."""
+_HEX = re.compile("[0-9a-f]*")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -91,6 +99,10 @@ class TrainReply:
         Numbers: losses in nats per token, tokens, seconds.
     error : str or None
         Why there is no update.
+    scalars : str
+        Instead of factors: of zeroth-order steps, by step and direction, float32 as hex digits.
+    digest : str
+        Of the factors that the scalars lead to.
     factors : Factors
         As the adapter holds them: the update is alpha / rank * b @ a.
     """
@@ -102,16 +114,24 @@ class TrainReply:
     version: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    scalars: str = ""
+    digest: str = ""
     factors: Factors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a reply may hold: shapes (m, n) by module, the rank, and the most bytes."""
+    """What a reply may hold: shapes (m, n) by module, rank, most bytes; or so many scalars, and no factors."""
 
     modules: Mapping[str, tuple[int, int]]
     rank: int
     most_bytes: int
+    scalars: int = 0
+
+    @classmethod
+    def of_scalars(cls, modules: Mapping[str, tuple[int, int]], rank: int, count: int) -> Manifest:
+        """What a client sends that sends the scalars of its steps alone."""
+        return cls(modules, rank, 8 * count + 8192, count)
 
     @classmethod
     def of(cls, modules: Mapping[str, tuple[int, int]], rank: int) -> Manifest:
@@ -157,10 +177,40 @@ def decode_reply(data: bytes, manifest: Manifest) -> TrainReply:
     """
     header, plain = _open(data, "reply", manifest.most_bytes)
     reply = TrainReply(**plain, **_read(data, header, "reply", _GROUPS[TrainReply], manifest))
-    if reply.error is None and set(reply.factors) != set(manifest.modules):
+    if manifest.scalars and reply.error is None:
+        _check_scalars(reply, manifest.scalars)
+    elif reply.error is None and set(reply.factors) != set(manifest.modules):
         lacking = sorted(set(manifest.modules) - set(reply.factors))
         raise MessageError(f"reply: no factors for {len(lacking)} modules (first {lacking[0]!r})")
     return reply
+
+
+def _check_scalars(reply: TrainReply, count: int) -> None:
+    if reply.factors or len(reply.scalars) != 8 * count or not _HEX.fullmatch(reply.scalars):
+        raise MessageError(
+            f"reply: {len(reply.scalars) // 8} scalars and {len(reply.factors)} factors, expected {count} and none"
+        )
+    if not np.isfinite(unpack_scalars(reply.scalars)).all():
+        raise MessageError("reply: its scalars hold NaN or infinity")
+
+
+def pack_scalars(scalars: Sequence[Sequence[float]]) -> str:
+    """Numbers by step and direction as hex digits of float32, eight each."""
+    return np.array(scalars, dtype="<f4").tobytes().hex()
+
+
+def unpack_scalars(text: str) -> npt.NDArray[np.float32]:
+    """One dimension, in the order of `pack_scalars`."""
+    return np.frombuffer(bytes.fromhex(text), dtype="<f4")
+
+
+def digest_of(factors: Factors) -> str:
+    """Sixteen hex digits over names and bits, by which two sides compare what they have."""
+    found = hashlib.sha256()
+    for module, pair in sorted(factors.items()):
+        for tensor in pair:
+            found.update(module.encode() + tensor.float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _open(data: bytes, what: str, most: int | None) -> tuple[Header, dict[str, Any]]:
@@ -184,7 +234,8 @@ def _open(data: bytes, what: str, most: int | None) -> tuple[Header, dict[str, A
 def _check_types(plain: dict[str, Any], what: str) -> None:
     kinds: dict[str, Any] = {
         "experiment": str, "client": str, "round": int, "rank": int, "rows": int, "version": int, "since": int,
-        "metrics": dict, "settings": dict, "error": (str, type(None)), "alpha": (int, float),
+        "metrics": dict, "settings": dict, "scalars": str, "digest": str, "error": (str, type(None)),
+        "alpha": (int, float),
     }  # fmt: skip
     for name, value in plain.items():
         if name in kinds and (not isinstance(value, kinds[name]) or isinstance(value, bool)):

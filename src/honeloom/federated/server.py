@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,22 @@ from honeloom.federated.client import fresh_factors, split_shared
 from honeloom.federated.continuation import Continuation, continuation_of
 from honeloom.federated.federate_config import ClientConfig, FederateConfig
 from honeloom.federated.frozen import FrozenAdditions, stacked
-from honeloom.federated.messages import Factors, Manifest, TrainReply, TrainTask, decode_reply, encode
+from honeloom.federated.messages import (
+    Factors,
+    Manifest,
+    TrainReply,
+    TrainTask,
+    decode_reply,
+    digest_of,
+    encode,
+    unpack_scalars,
+)
 from honeloom.federated.server_optimizer import ServerOptimizer
 from honeloom.ops.lowrank import product_norm, stack_factors
 from honeloom.ops.noise import keyed_uniform
 from honeloom.registry import family
 from honeloom.system import peak_rss
+from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
 from honeloom.types.updates import Combined, Part
 from honeloom.types.views import plain
 
@@ -210,7 +220,7 @@ class ServerCore:
             settings={
                 "steps": config.local_steps, "batch_size": config.batch_size, "lr": record.lr, "seed": config.seed,
                 "optimizer": config.optimizer.model_dump(), "max_grad_norm": config.max_grad_norm,
-                "proximal": config.proximal, "scaffold": config.scaffold,
+                "proximal": config.proximal, "scaffold": config.scaffold, "uplink": config.uplink,
             },
             shared=self._download(record.rank), frozen=frozen, correction=self._correction(record.id),
         )  # fmt: skip
@@ -231,8 +241,9 @@ class ServerCore:
             return "late"
         record.bytes_up += len(data)
         try:
-            manifest = Manifest.of(self.modules, record.rank)
-            reply = decode_reply(data, manifest)
+            reply = decode_reply(data, self._manifest(record))
+            if reply.scalars and reply.round == self.state.round + 1:
+                reply = replace(reply, factors=self._replayed(record, reply))
             self._check(record, reply)
             record.norm = self._norm(record, reply) if reply.factors else None
         except MessageError as error:
@@ -255,6 +266,32 @@ class ServerCore:
         for name in ("loss_before", "loss_after", "seconds"):
             setattr(record, name, reply.metrics.get(name))
         return "ok"
+
+    def _manifest(self, record: ClientRecord) -> Manifest:
+        if self.config.uplink == "tensors":
+            return Manifest.of(self.modules, record.rank)
+        mezo: Any = self.config.optimizer
+        return Manifest.of_scalars(self.modules, record.rank, self.config.local_steps * mezo.directions)
+
+    def _replayed(self, record: ClientRecord, reply: TrainReply) -> dict[str, Pair]:
+        """The factors that a client's scalars lead to from where it began: seeds follow from client, round and step."""
+        mezo: Any = self.config.optimizer
+        factors = {m: (b.clone(), a.clone()) for m, (b, a) in self._begun(record)[0].items()}
+        trains = self.how.trains(reply.round)
+        moved = {
+            f"{module}|{name}": pair[place]
+            for module, pair in factors.items()
+            for place, name in enumerate("ba")
+            if trains in ("both", name) and (mezo.perturb == "all" or name == "b")
+        }
+        stepper = ZerothOrder(moved, mu=mezo.mu, kind=mezo.direction)
+        scalars = unpack_scalars(reply.scalars).reshape(self.config.local_steps, mezo.directions)
+        for step, mine in enumerate(scalars.tolist()):
+            seeds = step_seeds(self.config.seed, f"{record.id}/{reply.round}", step, mezo.directions)
+            stepper.replay(list(zip(seeds, mine, strict=True)), record.lr)
+        if digest_of(factors) != reply.digest:
+            raise MessageError("reply: its scalars do not lead to the factors that it says it has")
+        return factors
 
     def again(self, client: str) -> bytes:
         """The task of a client that has lost what it held, with all that it needs."""

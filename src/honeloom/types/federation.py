@@ -52,10 +52,14 @@ class LocalJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalResult:
-    """The adapter after the steps, and losses in nats per token before and after on some of the client's rows."""
+    """The adapter after the steps, and losses in nats per token before and after on some of the client's rows.
+
+    `scalars` are those of zeroth-order steps, by step and direction.
+    """
 
     factors: Pairs
     metrics: Mapping[str, float]
+    scalars: tuple[tuple[float, ...], ...] = ()
 
 
 class LocalPort(Protocol):

@@ -106,13 +106,13 @@ class FederatedModel:
         with one_thread(self.model.device):
             adapter = self._prepare(job)
             before = self._loss(job.client)
-            self._steps(job, adapter)
+            scalars = self._steps(job, adapter)
             after = self._loss(job.client)
             found = {
                 name: (_copy(layer.lora_B[adapter].weight), _copy(layer.lora_A[adapter].weight))
                 for name, layer in self._layers.items()
             }
-        return LocalResult(found, {"loss_before": before, "loss_after": after})
+        return LocalResult(found, {"loss_before": before, "loss_after": after}, scalars)
 
     def hold(self, update: Pairs) -> Any:
         """The model with an update, of scale 1, and nothing else; the next job changes it."""
@@ -169,19 +169,22 @@ class FederatedModel:
             weight.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
         layer.scaling[adapter] = scale
 
-    def _steps(self, job: LocalJob, adapter: str) -> None:
+    def _steps(self, job: LocalJob, adapter: str) -> tuple[tuple[float, ...], ...]:
+        """Take the steps; the scalars of zeroth-order ones."""
         settings = job.settings
         optimizer_settings: Any = TypeAdapter(TuneOptimizer).validate_python(settings["optimizer"])
         if isinstance(optimizer_settings, MezoConfig):
-            self._zeroth_order_steps(job, adapter, optimizer_settings)
-            return
+            return self._zeroth_order_steps(job, adapter, optimizer_settings)
         optimizer = build_optimizer(self.model, optimizer_settings, settings["lr"])
         local_steps(
             self.model, self._batches(job), optimizer, max_grad_norm=settings["max_grad_norm"],
             adjust=self._adjustment(job, adapter),
         )  # fmt: skip
+        return ()
 
-    def _zeroth_order_steps(self, job: LocalJob, adapter: str, mezo: MezoConfig) -> None:
+    def _zeroth_order_steps(
+        self, job: LocalJob, adapter: str, mezo: MezoConfig
+    ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
         """Steps by forward passes; seeds follow from the job, so that nobody needs to send them."""
         params = {}
         for name, layer in self._layers.items():
@@ -191,12 +194,14 @@ class FederatedModel:
         stepper = ZerothOrder(
             params, mu=mezo.mu, kind=mezo.direction, cache=mezo.setting == "speed", clip=mezo.clip
         )  # fmt: skip
-        collate = collator(False, self._rows[job.client])
+        collate, scalars = collator(False, self._rows[job.client]), []
         for step, passes in enumerate(self._batches(job)):
             inputs = [{k: t.to(self.model.device) for k, t in collate(rows).items()} for rows in passes]
             targets = sum(sum(e.scored[1:]) for rows in passes for e in rows)
             seeds = step_seeds(job.seed, job.order, step, mezo.directions)
-            stepper.step(objective_of(self.model, inputs, targets, mezo.objective), seeds, job.settings["lr"])
+            objective = objective_of(self.model, inputs, targets, mezo.objective)
+            scalars.append(tuple(probe.scalar for probe in stepper.step(objective, seeds, job.settings["lr"])))
+        return tuple(scalars)
 
     def _batches(self, job: LocalJob) -> Iterator[list[list[Encoded]]]:
         """A pass over the rows in a drawn order, and further ones, until there are steps enough."""
