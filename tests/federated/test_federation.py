@@ -380,7 +380,7 @@ def spoiled(change):
 def with_factors(found, change):
     factors = {m: change(b.clone(), a.clone()) for m, (b, a) in found.factors.items()}
     return TrainReply(
-        found.experiment, found.round, found.client, found.rows, found.version, found.metrics, None, factors
+        found.experiment, found.round, found.client, found.rows, found.version, found.metrics, factors=factors
     )
 
 
