@@ -117,6 +117,10 @@ def test_losses_that_are_none_are_skipped_and_too_many_end_it(tmp_path, tiny_mod
         train_zeroth_order(
             model, rows, TuneConfig.model_validate(settings), tmp_path, Log(QuietConsole()), device=torch.device("cpu")
         )
+    fewer = TuneConfig.model_validate({**settings, "max_steps": 5})
+    (tmp_path / "fewer").mkdir()
+    with pytest.raises(NotFiniteError, match="none of 5 steps had a finite loss"):
+        train_zeroth_order(model, rows, fewer, tmp_path / "fewer", Log(QuietConsole()), device=torch.device("cpu"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.allclose(dict(model.named_parameters())[name], before[name], atol=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]

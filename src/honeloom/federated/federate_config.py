@@ -178,7 +178,8 @@ class FederateConfig(RowsConfig):
     )
     optimizer: TuneOptimizer = Field(
         default_factory=AdamWConfig,
-        description="Of the clients; begins anew every round. mezo needs the memory of inference, and far lower rates.",
+        description="Of the clients; begins anew every round. mezo keeps no gradients or activations, and needs far "
+        "lower rates.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     proximal: float = Field(0.0, ge=0, description="FedProx: weight of half the squared distance from the start.")

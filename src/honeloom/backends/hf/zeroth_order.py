@@ -96,7 +96,7 @@ def train_zeroth_order(
     Raises
     ------
     NotFiniteError
-        Twenty steps in a row had no finite loss.
+        Twenty steps in a row, or all of fewer, had no finite loss.
 
     References
     ----------
@@ -143,6 +143,8 @@ def train_zeroth_order(
             advance(1)
     pending.raise_if_received()
     known = [loss for loss in losses if loss is not None]
+    if not known:
+        raise NotFiniteError(f"none of {steps} steps had a finite loss; lower lr or mu, or use --dtype fp32")
     tokens = sum(len(encoded[i].ids) for i in order)
     return Trained(steps, tokens, sum(encoded[i].targets for i in order) / tokens, tuple(known), frozenset(order))
 
