@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 import honeloom
+from honeloom.backends.hf import zeroth_order
+from honeloom.backends.hf.chat import Encoded
+from honeloom.backends.hf.local_steps import collator
 from honeloom.backends.hf.zeroth_order import objective_of, perturbed, train_zeroth_order
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.errors import ConfigError, NotFiniteError
@@ -91,12 +94,107 @@ def test_objectives_are_the_models_loss_and_its_wrong_tokens(tiny_model):
     labels[0, :5] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     targets = int((labels[:, 1:] != -100).sum())
-    expected = model(**batch)
+    with torch.no_grad():
+        expected = model(**batch)
     assert objective_of(model, [batch], targets, "loss")() == pytest.approx(float(expected.loss), rel=1e-6)
     likeliest = expected.logits[:, :-1].argmax(-1)
     wrong = float(((likeliest != labels[:, 1:]) & (labels[:, 1:] != -100)).sum()) / targets
     assert objective_of(model, [batch], targets, "accuracy")() == pytest.approx(wrong)
     assert objective_of(model, [batch, batch], 2 * targets, "loss")() == pytest.approx(float(expected.loss), rel=1e-6)
+
+
+SHAPES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 260}
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, vocab_size=260)
+    elif kind == "gemma2":  # its logits are capped
+        config = Gemma2Config(
+            **SHAPES, intermediate_size=48, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0,
+            attn_logit_softcapping=5.0,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(**SHAPES, intermediate_size=48, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(6)  # logits that matter
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).eval() if kind == "lora" else model
+
+
+def encoded(lengths, prompt=3):
+    draw = torch.Generator().manual_seed(1)
+    rows = [tuple(torch.randint(1, 260, (n,), generator=draw).tolist()) for n in lengths]
+    scored = [(*[False] * prompt, *[True] * (len(ids) - prompt)) for ids in rows]
+    return [
+        Encoded(ids=i, scored=s, truncated=False, ends=True, chars=len(i)) for i, s in zip(rows, scored, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2000, 1 << 20])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "lora"])
+def test_the_lean_loss_is_the_models_own(kind, chunk, packed, monkeypatch):
+    model, rows = model_of(kind), encoded([30, 12, 20, 9, 7])
+    monkeypatch.setattr(zeroth_order, "CHUNK", chunk)
+    batches = [collator(packed, rows)(part) for part in (rows[:3], rows[3:])]
+    targets = sum(sum(e.scored[1:]) for e in rows)
+    with torch.no_grad():
+        own = sum(float(model(**b, num_items_in_batch=targets, use_cache=False).loss) for b in batches)
+        alone = [model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.ids])).logits[0] for e in rows]
+    assert objective_of(model, batches, targets, "loss")() == pytest.approx(own, rel=1e-6)
+    wrong, nats = [], []
+    for logits, e in zip(alone, rows, strict=True):
+        ids, at = torch.tensor(e.ids[3:]), logits[2:-1].double()
+        nats.append(float(torch.nn.functional.cross_entropy(at, ids)))
+        wrong.append(float((at.argmax(-1) != ids).double().mean()))
+    counts = [len(e.ids) - 3 for e in rows]
+    whole = [sum(m * c for m, c in zip(means, counts, strict=True)) / targets for means in (nats, wrong)]
+    assert own == pytest.approx(whole[0], rel=1e-5)  # no row sees another
+    assert objective_of(model, batches, targets, "accuracy")() == pytest.approx(whole[1])
+    if packed:
+        with pytest.raises(ValueError, match="packed"):
+            objective_of(model, batches, targets, "loss", rows=True)
+    else:
+        assert objective_of(model, batches, targets, "loss", rows=True)() == pytest.approx(nats, rel=1e-5)
+        assert objective_of(model, batches, targets, "accuracy", rows=True)() == pytest.approx(wrong)
+
+
+def test_logits_are_computed_at_targets_alone_and_nothing_is_cached():
+    model, seen = model_of("llama"), []
+    model.lm_head.register_forward_hook(lambda _, inputs, out: seen.append(tuple(out.shape)))
+    monitored = model.model.forward
+    model.model.forward = lambda *a, **k: seen.append(k["use_cache"]) or monitored(*a, **k)
+    (batch,) = [collator(False, rows)(rows) for rows in [encoded([12, 8], prompt=5)]]
+    objective_of(model, [batch], 10, "loss")()
+    assert seen == [False, (2, 7, 260)]  # positions 4 to 10
+
+
+def test_a_model_that_gives_all_logits_has_the_same_loss(monkeypatch):
+    model, rows = model_of("llama"), encoded([12, 8, 20])
+    batch, targets = collator(False, rows)(rows), 31
+    lean = objective_of(model, [batch], targets, "loss")()
+    forward = model.forward
+    model.forward = lambda input_ids, attention_mask: forward(input_ids=input_ids, attention_mask=attention_mask)
+    assert objective_of(model, [batch], targets, "loss")() == pytest.approx(lean, rel=1e-6)
+
+
+def test_a_row_without_targets_has_no_loss():
+    rows = encoded([12, 8])
+    batch = collator(False, rows)(rows)
+    batch["labels"][1] = -100
+    values = objective_of(model_of("llama"), [batch], 9, "loss", rows=True)()
+    assert values.shape == (2,) and values[0] > 0 and values[1] == 0
+
+
+def test_autocast_sees_what_was_moved_between_the_sides():
+    model, rows = model_of("lora"), encoded([12, 8])
+    batch = collator(False, rows)(rows)
+    params = perturbed(model, MezoConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        probe = zeroth_order.ZerothOrder(params, mu=0.5).probe(objective_of(model, [batch], 14, "loss"), 3)
+    assert abs(probe.plus - probe.minus) > 1e-3
 
 
 def test_half_precision_weights_are_refused(tiny_model):
@@ -105,8 +203,6 @@ def test_half_precision_weights_are_refused(tiny_model):
 
 
 def test_losses_that_are_none_are_skipped_and_too_many_end_it(tmp_path, tiny_model):
-    from honeloom.backends.hf.chat import Encoded
-
     model = small(tiny_model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from honeloom.backends.hf import tune as tuning
+from honeloom.backends.hf.zeroth_order import CHUNK
 from honeloom.errors import CheckpointError
 from honeloom.planning.memory import Work, peak_memory, read_decoder
 
@@ -129,6 +130,15 @@ def test_logits_grow_with_the_vocabulary_alone():
         for v in (200_000, 400_000)
     )
     assert large == 2 * small == 2 * 1024 * 2 * 200_000 * 12
+
+
+def test_a_zeroth_order_step_reads_its_logits_in_pieces():
+    decoder = read_decoder({**LLAMA3_8B, "num_hidden_layers": 1})
+    step = replace(LORA, mode="zeroth-order", batch_size=4, tokens=512, host=True)
+    found = peak_memory(decoder, step)
+    assert (found.logits, found.scratch) == (4 * 512 * 128256 * 4 + CHUNK * 8, 0)
+    tiny = peak_memory(read_decoder({**LLAMA3_8B, "vocab_size": 500_000}), replace(step, batch_size=1, tokens=1))
+    assert tiny.logits == 500_000 * 12
 
 
 def test_an_unknown_family_is_refused():

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from honeloom.tuning.zeroth_order import ZerothOrder, direction, step_seeds, step_size
+from honeloom.tuning import zeroth_order
+from honeloom.tuning.zeroth_order import ZerothOrder, accumulated, direction, step_seeds, step_size
 
 CURVATURE = torch.linspace(0.1, 2.0, 50, dtype=torch.float64)
 
@@ -106,7 +109,7 @@ def test_without_a_copy_values_drift_by_little():
 
 @pytest.mark.parametrize(
     ("exact", "cache", "kind", "directions"),
-    itertools.product([True, False], [True, False], ["gaussian", "rademacher"], [1, 3]),
+    list(itertools.product([True, False], [True, False], ["gaussian", "rademacher"], [1, 3])),
 )
 def test_seeds_and_scalars_repeat_a_hundred_steps_to_the_last_bit(exact, cache, kind, directions):
     params, server = tensors(), tensors()
@@ -227,3 +230,111 @@ def test_the_effective_rank_decides_how_many_steps_it_takes(size):
         assert steps < 500
     theory = math.log(0.1) / math.log(1 - lr * 2 + lr**2 * rank)  # of the mean square, each step
     assert steps == pytest.approx(theory, rel=0.6)
+
+
+def by_torch(monkeypatch):
+    """No tensor is one for the kernels."""
+    monkeypatch.setattr(zeroth_order, "_host", lambda tensor: None)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_kernels_take_the_steps_of_torch(exact, cache, kind, monkeypatch):
+    shapes, found = [(1,), (7, 3), (130,), (0, 4), (64, 65), (5001,)], []
+    for forced in (False, True):
+        draw = torch.Generator().manual_seed(0)
+        params = {f"w{i}": torch.randn(shape, generator=draw) for i, shape in enumerate(shapes)}
+        params["turned"] = torch.randn(9, 8, generator=draw).t()  # not contiguous, so torch does it
+        if forced:
+            by_torch(monkeypatch)
+        stepper = ZerothOrder(params, kind=kind, exact=exact, cache=cache)
+        assert [type(part).__name__ for part in stepper._parts] == ["_Hosted", "_Others"][forced:]
+        probes = [p for seed in range(3) for p in stepper.step(rough(params), [seed, seed + 9][: 1 + seed % 2], 1e-2)]
+        found.append((params, probes))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("shape", [(1,), (70,), (4097,), (3, 50_001)])
+def test_a_sum_of_directions_is_exact_to_the_last_rounding(kind, shape, monkeypatch):
+    like = torch.empty(shape)
+    seeds = list(range(40, 60))
+    coefficients = [0.0 if k % 4 == 3 else (-1) ** k * 10.0 ** (k % 7 - 3) for k in range(20)]
+    total = accumulated(like, "w", seeds, coefficients, kind)
+    wanted = sum(
+        c * direction(s, "w", like, kind).double() for s, c in zip(seeds, coefficients, strict=True) if c
+    )  # fmt: skip
+    assert total.dtype == torch.float32 and total.shape == like.shape
+    assert torch.equal(total, wanted.float())
+    by_torch(monkeypatch)
+    assert torch.equal(total, accumulated(like, "w", seeds, coefficients, kind))
+
+
+def test_a_sum_of_directions_draws_none_for_zeros_and_takes_no_other_numbers(monkeypatch):
+    by_torch(monkeypatch)
+    monkeypatch.setitem(zeroth_order._DRAW, "gaussian", lambda *_, **__: pytest.fail("drawn"))
+    assert not accumulated(torch.ones(5), "w", [1, 2], [0.0, -0.0], "gaussian").any()
+    assert not accumulated(torch.ones(5), "w", [], [], "gaussian").any()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            accumulated(torch.ones(5), "w", [1, 2], [1.0, bad], "gaussian")
+    with pytest.raises(ValueError, match="zip"):
+        accumulated(torch.ones(5), "w", [1, 2], [1.0], "gaussian")
+
+
+def test_many_steps_from_one_place_are_the_sum_of_their_directions():
+    params = tensors()
+    begun = {name: t.clone() for name, t in params.items()}
+    stepper, steps = ZerothOrder(params), []
+    for seed in range(30):
+        steps += [(p.seed, -step_size(1e-2, p.scalar)) for p in stepper.step(rough(params), [seed], 1e-2)]
+    for name, tensor in params.items():
+        total = accumulated(tensor, name, *zip(*steps, strict=True), "gaussian")
+        assert torch.allclose(begun[name] + total, tensor, rtol=0, atol=2e-6)
+
+
+def test_a_judge_makes_the_scalar_of_what_each_row_lost():
+    params = {"w": torch.linspace(-1, 1, 50)}
+    asked = []
+
+    def rows():
+        return (CURVATURE * params["w"].double() ** 2).numpy().reshape(10, 5).sum(axis=1)
+
+    def clipped(plus, minus):
+        asked.append((plus, minus))
+        return float(np.clip((plus - minus) / 2e-3, -0.5, 0.5).sum())
+
+    stepper = ZerothOrder(params, judge=clipped)
+    (probe,) = stepper.step(rows, [3], 0.0)
+    ((plus, minus),) = asked
+    assert (
+        plus.shape == (10,) and probe.plus == pytest.approx(plus.mean()) and probe.minus == pytest.approx(minus.mean())
+    )
+    assert probe.scalar == float(np.float32(clipped(plus, minus)))
+    plain = ZerothOrder(params, clip=1e9).probe(rows, 3)
+    assert plain.scalar == pytest.approx(float((plus - minus).mean()) / 2e-3, rel=1e-5)
+
+
+def test_a_judge_is_asked_even_where_a_loss_is_none():
+    """So that a private step has its noise whatever a row did."""
+    params = tensors()
+    stepper = ZerothOrder(params, judge=lambda plus, minus: 0.25 if np.isnan(plus).any() else math.nan)
+    probe = stepper.probe(lambda: np.array([1.0, math.nan]), 1)
+    assert probe.scalar == 0.25 and not probe.finite
+    assert stepper.probe(lambda: np.array([1.0, 2.0]), 1).scalar == 0.0
+    with pytest.raises(ValueError, match="judge"):
+        ZerothOrder(params, clip=1.0, judge=lambda plus, minus: 0.0)
+
+
+def test_numba_waits_for_a_step():
+    code = """
+import sys, torch
+from honeloom.tuning.zeroth_order import ZerothOrder
+stepper = ZerothOrder({"w": torch.ones(3)})
+assert "numba" not in sys.modules
+stepper.step(lambda: 1.0, [1], 0.1)
+assert "numba" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

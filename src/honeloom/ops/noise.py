@@ -16,7 +16,9 @@ import torch
 
 from honeloom.ops.rounding import round_once
 
-__all__ = ["bernoulli", "keyed_uniform", "normal", "permutation", "philox", "rademacher", "uniform"]
+__all__ = [
+    "bernoulli", "gaussian", "keyed_uniform", "normal", "permutation", "philox", "rademacher", "stream_key", "uniform",
+]  # fmt: skip
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -114,6 +116,38 @@ def normal(
     return _fill(block, count, start, dtype, device)
 
 
+def gaussian(seed: int, name: str, count: int, *, start: int = 0, device: Device = "cpu") -> torch.Tensor:
+    """Standard normal numbers in float32, several times faster than `normal`: directions of zeroth-order steps.
+
+    Elements 2p and 2p+1 are r cos a and r sin a. Word 2p gives r^2 = -2 ln u with u = (w >> 1 | 1) / 2**31; of word
+    2p+1 two bits choose the quadrant of a and thirty the place in it. Logarithm, sine and cosine are
+    polynomials in float32, right to about 1e-7, and the largest magnitude is 6.56. `noise_kernels` has the same bits.
+
+    Parameters
+    ----------
+    seed, name, count, start
+        As in `uniform`.
+
+    Returns
+    -------
+    Tensor
+        Shape (count,), float32.
+
+    References
+    ----------
+    Box and Muller 1958, doi:10.1214/aoms/1177706645.
+    """
+
+    def block(first: int, size: int) -> torch.Tensor:
+        skipped = first % 2
+        pairs = (skipped + size + 1) // 2
+        words = _words("gaussian", seed, name, first - skipped, 2 * pairs, device).view(-1, 2)
+        radius, (less, more) = _root_of_log(words[:, 0]), _turned(words[:, 1])
+        return torch.stack((radius * less, radius * more), dim=1).view(-1)[skipped : skipped + size]
+
+    return _fill(block, count, start, torch.float32, device)
+
+
 def rademacher(
     seed: int, name: str, count: int, *, start: int = 0, dtype: torch.dtype = torch.float32, device: Device = "cpu"
 ) -> torch.Tensor:
@@ -162,6 +196,12 @@ def keyed_uniform(seed: int, name: str, ids: Sequence[str]) -> npt.NDArray[np.fl
     return bits.astype(np.float64) * 2.0**-53
 
 
+def stream_key(use: str, seed: int, name: str) -> tuple[int, int]:
+    """The two words of the generator's key for a stream: `use` is the function's name."""
+    digest = _digest(use, seed, name, 8)
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
 def _digest(use: str, seed: int, name: str, size: int) -> bytes:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed {seed}: must be 0 or more and below 2**64")
@@ -171,8 +211,7 @@ def _digest(use: str, seed: int, name: str, size: int) -> bytes:
 
 def _words(use: str, seed: int, name: str, first: int, count: int, device: Device) -> torch.Tensor:
     """Words first..first+count of a stream, int64 in [0, 2**32); word j is output j % 4 of counter j // 4."""
-    digest = _digest(use, seed, name, 8)
-    key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
+    key = stream_key(use, seed, name)
     begin, end = first // 4, -(-(first + count) // 4)
     index = torch.arange(begin, end, dtype=torch.int64, device=device)
     zero = torch.zeros_like(index)
@@ -245,3 +284,37 @@ def _log(x: torch.Tensor) -> torch.Tensor:
     s = (mantissa - 1.0).div_(mantissa + 1.0)
     series = _polynomial(_ATANH, s * s).mul_(s)
     return (exponent * _LN2_LOW).add_(series).add_(exponent * _LN2_HIGH)
+
+
+# Coefficients, highest power first, of minimax fits that were then rounded to float32:
+# (f - ln(1 + f)) / f^2 for 1 + f from 1/sqrt(2) to sqrt(2), relative error of the logarithm 3.4e-8;
+# sin(x pi/4) / x and cos(x pi/4) in x^2 for |x| <= 1, errors 2.4e-9 and 2.8e-8.
+LOG_FIT = (-0.08734750747680664, 0.14307482540607452, -0.14917989075183868, 0.165705144405365, -0.19962070882320404,
+           0.25001755356788635, -0.33333951234817505, 0.49999991059303284)  # fmt: skip
+SIN_FIT = (-3.595450834836811e-05, 0.002490007085725665, -0.08074543625116348, 0.7853981852531433)
+COS_FIT = (-0.0003188805130776018, 0.015849914401769638, -0.3084242641925812, 1.0)
+LN2 = 0.6931471824645996
+SQRT_HALF_BITS = 0x3F3504F3
+
+
+def _root_of_log(words: torch.Tensor) -> torch.Tensor:
+    """sqrt(-ln u) of u = (w >> 1 | 1) / 2**31 in float32: the mantissa around 1, and the exponent, apart."""
+    bits = ((words >> 1) | 1).int().float().view(torch.int32)
+    exponent = (bits - SQRT_HALF_BITS) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32).sub_(1.0)
+    fit = _polynomial(LOG_FIT, f).mul_(f * f).sub_(f)
+    squared = (31 - exponent).float().mul_(LN2).add_(fit)
+    return squared.double().sqrt_().float()  # libraries round float32 roots differently; this one is right
+
+
+def _turned(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sqrt(2) (cos a, sin a), as cos - sin and cos + sin of a - pi/4 in the first quadrant, with two random signs."""
+    x = ((words << 34 >> 32) | 2).int().float().mul_(2.0**-31)
+    square = x * x
+    sine, cosine = _polynomial(SIN_FIT, square).mul_(x), _polynomial(COS_FIT, square)
+    return _signed(cosine - sine, words >> 31), _signed(cosine + sine, words >> 30)
+
+
+def _signed(values: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Turn the sign of values around where the last bit of a word is set."""
+    return torch.where((words & 1).bool(), -values, values)

@@ -31,6 +31,9 @@ Tensors of mixed sizes leave holes that the next ones do not fit. Measured on a 
 (`benchmarks/memory`); a GPU's allocator was not measured.
 """
 
+READ_LOGITS = 1 << 20
+"""Logits that a zeroth-order step copies to fp32 at a time, and their log-softmax."""
+
 Mode = Literal["lora", "full", "zeroth-order", "inference"]
 
 
@@ -286,19 +289,18 @@ def _gathered(decoder: Decoder, work: Work) -> int:
 
 
 def _inference(decoder: Decoder, work: Work) -> Memory:
-    """Peak of a forward pass with its loss; a zeroth-order step also draws noise for one tensor at a time."""
+    """Peak of a forward pass with its loss; on a GPU a zeroth-order step also draws noise for one tensor at a time."""
     compute = DTYPE_BYTES[work.dtype]
     tokens = work.batch_size * work.tokens
     stream = 3 * decoder.hidden * _FP32
     branch = max((3 if decoder.gated else 2) * decoder.width * decoder.experts_used, 3 * decoder.queries) * compute
     scores = 2 * _scores(decoder, work, compute) if work.eager else 0
     zeroth = work.mode == "zeroth-order"
-    # Scoring takes the loss row by row; a zeroth-order step takes transformers' loss over the whole batch.
-    in_fp32 = tokens if zeroth else work.tokens
-    copies = in_fp32 * 2 * _FP32 if zeroth and compute == _FP32 else tokens * compute + in_fp32 * 2 * _FP32
-    logits = decoder.vocabulary * copies
+    # Scoring takes the loss row by row; a zeroth-order step a few logits at a time.
+    in_fp32 = min(READ_LOGITS, tokens * decoder.vocabulary) if zeroth else work.tokens * decoder.vocabulary
+    logits = tokens * decoder.vocabulary * compute + in_fp32 * 2 * _FP32
     layer = tokens * (stream + branch) + scores
-    noise = 2 * decoder.largest * compute if zeroth else 0
+    noise = 2 * decoder.largest * compute if zeroth and not work.host else 0
     return Memory(
         weights=weight_bytes(decoder, work),
         adapters=0,
