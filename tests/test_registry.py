@@ -16,11 +16,18 @@ from honeloom.errors import HoneloomError, MissingExtraError, UnknownNameError
 from honeloom.registry import FAMILIES, Method, Registry, family, load_target, suggest
 from honeloom.verbs import VERBS
 
-ROWS = [(kind, row.name) for kind in FAMILIES for row in load_target(f"{FAMILIES[kind]}:METHODS")]
+STEPPERS = ("optimizers",)
+"""Kinds whose targets are classes that several settings and stages share."""
+ROWS = [
+    (kind, row.name)
+    for kind in FAMILIES
+    for row in load_target(f"{FAMILIES[kind]}:METHODS")
+    if kind not in STEPPERS
+]  # fmt: skip
 EXTRA = {("tuning", "lora"): {"seed"}}
 """Keywords that the stage passes beside the settings."""
-WITHOUT_VERB = {"valuation"}
-"""Kinds that no verb's `method` names; estimators are chosen by `honeloom.valuation.estimate`."""
+WITHOUT_VERB = {"valuation", "optimizers"}
+"""Kinds that no verb's `method` names; estimators are chosen by `honeloom.valuation.estimate`, steps by `optimizer`."""
 
 
 @pytest.mark.parametrize(("kind", "name"), ROWS)
@@ -45,6 +52,13 @@ def test_every_setting_of_a_method_is_bounded_by_a_type_and_the_function_is_docu
     assert inspect.getdoc(function)
     annotations = inspect.get_annotations(function)
     assert "return" in annotations
+
+
+@pytest.mark.parametrize("kind", STEPPERS)
+def test_classes_and_settings_of_steppers_exist(kind):
+    for row in family(kind):
+        assert inspect.getdoc(family(kind).load(row.name)) and family(kind).load_config(row.name)()
+        assert row.paper and row.summary
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -149,7 +163,7 @@ def test_a_plug_in_may_not_shadow_a_built_in_and_what_is_no_method_is_named(entr
 
 
 def test_the_families_are_those_of_the_entry_point_groups():
-    kinds = ["selection", "valuation", "tuning", "aggregation", "merging", "dropping"]
+    kinds = ["selection", "valuation", "tuning", "optimizers", "aggregation", "merging", "dropping"]
     assert list(registry.FAMILIES) == list(FAMILIES) == kinds
 
 

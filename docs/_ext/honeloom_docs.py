@@ -24,6 +24,7 @@ _VERB = {
     "selection": "select",
     "valuation": "valuation.estimate",
     "tuning": "tune",
+    "optimizers": "tune, federate",
     "aggregation": "aggregate",
     "merging": "merge",
     "dropping": "drop",

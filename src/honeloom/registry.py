@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "selection": "honeloom.selection",
     "valuation": "honeloom.valuation",
     "tuning": "honeloom.tuning",
+    "optimizers": "honeloom.tuning.optimizers",
     "aggregation": "honeloom.federated",
     "merging": "honeloom.merging",
     "dropping": "honeloom.dropping",

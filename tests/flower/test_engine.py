@@ -22,7 +22,7 @@ from honeloom.federated.experiment import ClientSetup, Experiment, experiment_na
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.messages import Manifest, TrainTask, decode_reply, encode
 from honeloom.federated.rounds import Silence
-from honeloom.federated.server import ServerState
+from honeloom.federated.state import ServerState
 from honeloom.flower import client_app
 from honeloom.runs.lock import is_held, writer_lock
 

@@ -267,3 +267,62 @@ def test_a_killed_superlink_costs_a_resume(site, tiny_model, tmp_path):
     assert [c["status"] for c in report.details["clients"]] == [["ok"] * 4] * 3, said
     assert report.details["global_sha256"] == straight.details["global_sha256"]
     assert json.loads((tmp_path / "out" / "partition.json").read_text())["clients"][0] == {"id": "a", "rows": 30}
+
+
+MEZO = {"optimizer": {"type": "mezo", "direction": "rademacher"}, **SETTINGS, "lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"uplink": "scalars", "aggregation": "ffa", "rates": {"statistic": "difference"}},
+        {"uplink": "seed-pool", "pool_size": 64, "privacy": {"secagg": True}},
+        {"uplink": "seed-pool", "pool_size": 64, "method": "full", "dtype": "fp32"},
+    ],
+    ids=["scalars", "secure", "full"],
+)
+def test_zeroth_order_clients_end_with_the_same_bytes_in_a_simulation(site, tiny_model, tmp_path, changes):
+    """What clients keep from message to message, factors and secrets alike, outlives their processes."""
+    found = {}
+    ranks = {} if changes.get("method") == "full" else {"rank": 2}
+    for engine in ("inline", "simulation"):
+        report = honeloom.federate(
+            tiny_model, clients=[{"id": c["id"], "rows": c["rows"], **ranks} for c in clients(site)], rounds=3,
+            engine=engine, output_dir=tmp_path / engine, **{**MEZO, **changes},
+        )  # fmt: skip
+        assert [c["status"] for c in report.details["clients"]] == [["ok"] * 3] * 3
+        found[engine] = report.details["global_sha256"]
+        sent = [c["bytes_up"] for line in read_journal(tmp_path / engine / "rounds.jsonl") for c in line["clients"]]
+        assert max(sent) < 30_000
+    assert found["inline"] == found["simulation"]
+
+
+def test_a_node_that_missed_three_rounds_rejoins_by_replay(site, tiny_model, tmp_path, monkeypatch):
+    """Killed after round 1 and started again after round 4, it begins round 5 where the others do."""
+    site.superlink()
+    for name in RANKS:
+        site.run(str(BIN / "flwr"), "supernode", "register", f"{name}.pub", "site")
+        site.supernode(name)
+
+    def watch(text):
+        if text.startswith("round 1/"):
+            site.kill("a")
+        if text.startswith("round 4/"):
+            site.supernode("a")
+            time.sleep(20)
+
+    how = {"rounds": 6, "quorum": 0.5, "uplink": "scalars", "aggregation": "ffa", **MEZO}
+    setup = deployment(site)
+    setup["clients"] = [{**client, "rank": 2} for client in setup["clients"]]
+    report = honeloom.federate(
+        tiny_model, output_dir=tmp_path / "deployed", console=Told(watch), **how, **{**setup, "patience": 8}
+    )
+    seen = {client["id"]: client for client in report.details["clients"]}
+    assert seen["a"]["status"][:4] == ["ok", "absent", "absent", "absent"] and seen["a"]["status"][5] == "ok"
+    assert seen["b"]["status"] == seen["c"]["status"] == ["ok"] * 6
+    lost = {("a", k + 1) for k, status in enumerate(seen["a"]["status"]) if status != "ok"}
+    monkeypatch.setattr("honeloom.stages.federate.InlineEngine", type("Away", (Without,), {"lost": lost}))
+    inline = honeloom.federate(
+        tiny_model, output_dir=tmp_path / "inline", **how, clients=[{**c, "rank": 2} for c in clients(site)]
+    )
+    assert inline.details["global_sha256"] == report.details["global_sha256"]

@@ -8,6 +8,13 @@ from hostile_texts import HOSTILE
 from honeloom.reporting.page import write_page
 from honeloom.reporting.panels import PANELS
 from honeloom.reporting.panels.federation import rounds_panel, traffic_panel
+from honeloom.reporting.panels.federation_cost import (
+    client_rates_panel,
+    instead_panel,
+    loss_by_bytes_panel,
+    loss_by_round_panel,
+    memory_panel,
+)
 from honeloom.reporting.panels.federation_updates import (
     client_losses_panel,
     exactness_panel,
@@ -80,9 +87,9 @@ def traces(panel):
 
 def test_panels_are_absent_without_rounds(tmp_path):
     report = federation(tmp_path, [])
-    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 7
+    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * len(PANELS["federate"])
     (tmp_path / "rounds.jsonl").unlink()
-    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * 7
+    assert [make(tmp_path, report) for make in PANELS["federate"]] == [None] * len(PANELS["federate"])
 
 
 def test_a_round_that_nobody_answered_has_no_updates(tmp_path):
@@ -216,3 +223,72 @@ def test_verdict_of_an_aggregate(inputs, into, more):
     assert told.figure.after == number(1e-9)
     assert dict(told.facts)["rank of the adapters"] == "4 to 8"
     assert dict(told.facts)["written"] == ("4 KiB" if more else "2 KiB")
+
+
+# what it cost
+
+
+def zeroth_order(folder, **details):
+    """Four rounds of two clients at rates of their own, that sent scalars."""
+    rates = [(1e-4, 1e-4), (1.5e-4, 0.5e-4), (0.5e-4, 1.5e-4), (1e-4, 1e-4)]
+    rounds = [
+        round_of(k, [
+            reply("client-1", loss_before=4.0 - 0.1 * k, loss_after=3.9 - 0.1 * k, lr=a, bytes_up=500),
+            reply("client-2", loss_before=4.2 - 0.1 * k, loss_after=4.1 - 0.1 * k, lr=b, bytes_up=500, rows=150),
+        ])
+        for k, (a, b) in enumerate(rates, 1)
+    ]  # fmt: skip
+    usual = {
+        "uplink": "scalars", "method": "lora", "rates": {"statistic": "difference"},
+        "tensor_bytes": {"client-1": 200_000, "client-2": 100_000},
+        "memory": {"inference": 2_000_000, "zeroth-order": 2_200_000, "backpropagation, AdamW": 9_000_000},
+    }  # fmt: skip
+    return folder, federation(folder, rounds, **{**usual, **details})
+
+
+def test_losses_are_those_of_the_model_that_all_had_weighted_by_rows(tmp_path):
+    by_round = loss_by_round_panel(*zeroth_order(tmp_path))
+    assert [row[0] for row in by_round.rows] == [1, 2, 3, 4]
+    assert by_round.rows[0][1:] == pytest.approx((0.25 * 3.9 + 0.75 * 4.1, 0.25 * 3.8 + 0.75 * 4.0, 0))
+    by_bytes = loss_by_bytes_panel(*zeroth_order(tmp_path))
+    assert [row[0] for row in by_bytes.rows] == pytest.approx([k * 2024 / 2**20 for k in range(4)])
+    assert [row[1] for row in by_bytes.rows] == [row[1] for row in by_round.rows]
+
+
+def test_without_losses_nothing_is_drawn(tmp_path):
+    """As where noise keeps them with the clients."""
+    hidden = [round_of(k, [reply("a", loss_before=None, loss_after=None)]) for k in (1, 2)]
+    report = federation(tmp_path, hidden)
+    assert loss_by_round_panel(tmp_path, report) is None and loss_by_bytes_panel(tmp_path, report) is None
+
+
+def test_rates_of_single_clients_are_shown_where_they_differ(tmp_path):
+    panel = client_rates_panel(*zeroth_order(tmp_path))
+    assert panel.rows == [("client-1", 1e-4, 0.5e-4, 1.5e-4, 1e-4), ("client-2", 1e-4, 0.5e-4, 1.5e-4, 1e-4)]
+    assert "difference" in panel.note and set(traces(panel)) == {"client-1", "client-2", "mean"}
+    (tmp_path / "same").mkdir()
+    assert client_rates_panel(tmp_path / "same", federation(tmp_path / "same", usual_rounds())) is None
+
+
+def test_bytes_are_beside_what_tensors_would_have_taken(tmp_path):
+    panel = instead_panel(*zeroth_order(tmp_path))
+    assert panel.rows == [("client-1", 500, 200_000, 400.0), ("client-2", 500, 100_000, 200.0)]
+    assert "in the median 300 times as much" in panel.note
+    assert instead_panel(*zeroth_order(tmp_path, uplink="tensors")) is None
+    assert "all weights" in instead_panel(*zeroth_order(tmp_path, method="full")).columns[2]
+
+
+def test_memory_is_beside_that_of_backpropagation(tmp_path):
+    panel = memory_panel(*zeroth_order(tmp_path))
+    assert [row[0] for row in panel.rows] == ["inference", "zeroth-order", "backpropagation, AdamW"]
+    assert panel.rows[2][2] == 4.5
+    assert memory_panel(*zeroth_order(tmp_path, memory={})) is None
+
+
+def test_the_page_takes_hostile_names_there_too(tmp_path):
+    for k, text in enumerate(HOSTILE[:4]):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        where, report = zeroth_order(folder, uplink=text, rates={"statistic": text}, tensor_bytes={"client-1": 10})
+        write_page(where, report)
+        assert text not in (where / "report.html").read_text(encoding="utf-8")

@@ -6,27 +6,39 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from honeloom.errors import HoneloomError, MessageError
+from honeloom.federated.continuation import continuation_of
 from honeloom.federated.frozen import folded, stacked
-from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask, digest_of, pack_scalars
+from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask, digest_of
+from honeloom.federated.scalars import SeedPool, moved_along, moves_of, replayed
+from honeloom.federated.shares import kept_part
 from honeloom.ops.noise import uniform
-from honeloom.types.federation import LocalJob, LocalPort
+from honeloom.registry import family, load_target
+from honeloom.tuning.config import MezoConfig
+from honeloom.tuning.zeroth_order import step_seeds
+from honeloom.types.federation import LocalJob, LocalPort, LocalResult
 
 __all__ = ["ClientCore", "ClientMemory", "fresh_factors", "split_shared"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+WORDS = ("keys", "shares", "reveal")
+"""Phases of a secure sum in which nothing is trained."""
 
 
 @dataclass(slots=True)
 class ClientMemory:
-    """What a client keeps between rounds: the frozen additions and their version, and the last round it was in."""
+    """What a client keeps: frozen additions or shared factors, their version, its last round, secrets of a round."""
 
     version: int = 0
     round: int = 0
     frozen: dict[str, Pair] = field(default_factory=dict)
+    shared: dict[str, Pair] = field(default_factory=dict)
+    secrets: dict[str, Any] = field(default_factory=dict)
 
 
 class ClientCore:
@@ -36,13 +48,13 @@ class ClientCore:
     ----------
     name : str
         The client.
-    port : LocalPort
-        Its model and rows.
+    port : LocalPort or None
+        Its model and rows; None where it only answers words of a protocol beside training.
     memory : ClientMemory
         Kept between rounds; whoever runs the client stores it.
     """
 
-    def __init__(self, name: str, port: LocalPort, memory: ClientMemory | None = None) -> None:
+    def __init__(self, name: str, port: LocalPort | None, memory: ClientMemory | None = None) -> None:
         self.name = name
         self.port = port
         self.memory = memory or ClientMemory()
@@ -50,42 +62,45 @@ class ClientCore:
     def handle(self, task: TrainTask) -> TrainReply:
         """Train as the task says; what goes wrong is told in the reply, for the others go on without this client."""
         try:
-            return self._train(task)
+            self._check(task)
+            return self._words(task) if task.phase in WORDS else self._train(task)
         except HoneloomError as error:
             return TrainReply(
                 task.experiment, task.round, self.name, version=self.memory.version,
                 error=f"{type(error).__name__}: {error}"[:ERROR],
             )  # fmt: skip
 
+    def _words(self, task: TrainTask) -> TrainReply:
+        """Say what a secure sum needs."""
+        self.memory.secrets, said = load_target("honeloom.federated.secure_sum:answered")(self.memory.secrets, task)
+        self.memory.round = task.round
+        rows = self.port.rows(self.name) if self.port is not None else 1
+        return TrainReply(task.experiment, task.round, self.name, rows, self.memory.version, notes=said)
+
     def _train(self, task: TrainTask) -> TrainReply:
-        begun = time.monotonic()
-        self._check(task)
-        memory = self.memory
-        if task.version != memory.version:
-            if task.since not in (0, memory.version):
-                raise MessageError(f"holds frozen additions of version {memory.version}, the task adds to {task.since}")
-            before = {} if task.since == 0 else memory.frozen
-            memory.frozen = folded(stacked(before, task.frozen))
-            memory.version = task.version
-        start, rest = self._start(task)
-        frozen = stacked(memory.frozen, rest)
-        scale = task.alpha / task.rank
+        begun, port = time.monotonic(), self.port
+        assert port is not None  # whoever asks a client to train gives it a model
+        keep_up(self.memory, task, port.modules)
+        start, rest = _start(self.memory, task, port.modules)
+        order, settings = f"{self.name}/{task.round}", task.settings
         job = LocalJob(
-            self.name, start, scale, frozen, task.trains, task.settings, int(task.settings["seed"]),
-            f"{self.name}/{task.round}", task.correction,
+            self.name, start, task.alpha / task.rank, stacked(self.memory.frozen, rest), task.trains, settings,
+            int(settings["seed"]), order, task.correction, _seeds(settings, order), _moved(task),
         )  # fmt: skip
-        result = self.port.train(job)
-        memory.round = task.round
-        metrics = {**result.metrics, "seconds": time.monotonic() - begun}
-        if task.settings.get("uplink") == "scalars":
-            return TrainReply(
-                task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
-                scalars=pack_scalars(result.scalars), digest=digest_of(result.factors),
-            )  # fmt: skip
+        result = port.train(job)
+        self.memory.round = task.round
+        metrics = dict(result.metrics)
+        if not settings.get("dp"):  # how long it took tells how many rows were drawn
+            metrics["seconds"] = time.monotonic() - begun
+        told = _told(settings, order, start, result)
+        if settings.get("secagg"):
+            sums = told["arrays"]["pool"].double().numpy()
+            mask = load_target("honeloom.federated.secure_sum:masked")
+            self.memory.secrets, hidden = mask(self.memory.secrets, task, sums)
+            told["arrays"] = {"masked": hidden}
         return TrainReply(
-            task.experiment, task.round, self.name, self.port.rows(self.name), memory.version, metrics,
-            factors=result.factors,
-        )  # fmt: skip
+            task.experiment, task.round, self.name, port.rows(self.name), self.memory.version, metrics, **told
+        )
 
     def _check(self, task: TrainTask) -> None:
         if task.client != self.name:
@@ -94,17 +109,114 @@ class ClientCore:
             raise MessageError(f"a task of round {task.round} came after round {self.memory.round}; it is dropped")
         for group in (task.shared, task.frozen, task.correction):
             for module, (b, a) in group.items():
-                if self.port.modules.get(module) != (b.shape[0], a.shape[1]):
+                if self.port is None or self.port.modules.get(module) != (b.shape[0], a.shape[1]):
                     raise MessageError(f"module {module!r}: {tuple(b.shape)} x {tuple(a.shape)} does not fit the model")
 
-    def _start(self, task: TrainTask) -> tuple[dict[str, Pair], dict[str, Pair]]:
-        """Factors to train, and what of the shared ones is kept beside them."""
-        if task.start == "fresh" or not task.shared:
-            name = "shared" if task.alike else f"{self.name}/{task.round}"
-            return fresh_factors(self.port.modules, task.rank, int(task.settings["seed"]), name), {}
-        return split_shared(
-            task.shared, self.port.modules, task.rank, task.alpha / task.rank, keep=task.start == "carry"
-        )
+
+def _start(
+    memory: ClientMemory, task: TrainTask, modules: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Pair], dict[str, Pair]]:
+    """Factors to train, and what of the shared ones is kept beside them."""
+    settings = task.settings
+    if settings.get("method") == "full":
+        return {}, {}
+    shared = memory.shared if task.follows else task.shared
+    if settings.get("uplink") == "seed-pool":
+        start = fresh_factors(modules, task.rank, int(settings["seed"]), "shared")
+        if "pool" not in task.arrays:
+            return start, {}
+        pool = SeedPool(int(settings["pool_size"]), int(settings["seed"]))
+        mezo, sums = MezoConfig(**settings["optimizer"]), task.arrays["pool"].numpy()
+        return moved_along(start, sums, pool=pool, mezo=mezo, trains=task.trains), {}
+    if task.start == "fresh" or not shared:
+        name = "shared" if task.alike else f"{task.client}/{task.round}"
+        return fresh_factors(modules, task.rank, int(settings["seed"]), name), {}
+    return split_shared(shared, modules, task.rank, task.alpha / task.rank, keep=task.start == "carry")
+
+
+def keep_up(memory: ClientMemory, task: TrainTask, modules: Mapping[str, tuple[int, int]]) -> None:
+    """Bring what a client holds to the version of a task.
+
+    Raises
+    ------
+    MessageError
+        It holds another version than the task goes on from, or ends elsewhere than the server.
+    """
+    if task.version == memory.version:
+        return
+    if task.since not in (0, memory.version):
+        raise MessageError(f"holds version {memory.version} of what is shared, and the task adds to {task.since}")
+    if not task.follows:
+        memory.frozen = folded(stacked({} if task.since == 0 else memory.frozen, task.frozen))
+        memory.version = task.version
+        return
+    held = memory.shared if task.since else dict(task.shared)
+    memory.version, memory.shared = 0, {}
+    found = _followed(held, task, modules)
+    if digest_of(found) != task.digest:
+        raise MessageError("what everybody's scalars lead to is not what the server has")
+    memory.version, memory.shared = task.version, found
+
+
+def _followed(shared: dict[str, Pair], task: TrainTask, modules: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+    """Do in every round of the task's log what the server did: replay each client, and average by the rule."""
+    if not task.log:
+        return shared
+    settings, scale = task.settings, task.alpha / task.rank
+    mezo, seed = MezoConfig(**settings["optimizer"]), int(settings["seed"])
+    rule = {**settings["aggregation"]}
+    average, how = family("aggregation").load(rule["type"]), continuation_of(rule.pop("type"))
+    for move in moves_of(task.log, task.arrays["log"], int(settings["steps"]), mezo.directions):
+        begun = fresh_factors(modules, task.rank, seed, "shared")
+        if shared:
+            begun, _ = split_shared(shared, modules, task.rank, scale, keep=False)
+        ends = [
+            replayed(
+                begun, scalars, mezo=mezo, seed=seed, order=f"{client}/{move.round}", lr=lr,
+                trains=how.trains(move.round),
+            )
+            for (client, _, lr), scalars in zip(move.clients, move.scalars, strict=True)
+        ]  # fmt: skip
+        shared = {}
+        for module in modules:
+            shares = (share for _, share, _ in move.clients)
+            parts = [kept_part(end[module], None, scale, share) for end, share in zip(ends, shares, strict=True)]
+            found = average(parts, **{name: value for name, value in rule.items() if value is not None})
+            shared[module] = (found.b.float().contiguous(), found.a.float().contiguous())
+    return shared
+
+
+def _seeds(settings: Mapping[str, Any], order: str) -> tuple[tuple[int, ...], ...]:
+    """Of the directions of every zeroth-order step; none for others."""
+    if settings["optimizer"]["type"] != "mezo":
+        return ()
+    seed, steps, directions = int(settings["seed"]), int(settings["steps"]), settings["optimizer"]["directions"]
+    if settings.get("uplink") != "seed-pool":
+        return tuple(tuple(step_seeds(seed, order, step, directions)) for step in range(steps))
+    pool = SeedPool(int(settings["pool_size"]), seed)
+    known = pool.seeds()
+    return tuple(tuple(known[j] for j in mine) for mine in pool.picks(order, steps, directions).tolist())
+
+
+def _moved(task: TrainTask) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Without adapters: seeds along which the base itself is moved, and by how much."""
+    if task.settings.get("method") != "full" or "pool" not in task.arrays:
+        return (), ()
+    pool = SeedPool(int(task.settings["pool_size"]), int(task.settings["seed"]))
+    return tuple(pool.seeds()), tuple(task.arrays["pool"].tolist())
+
+
+def _told(settings: Mapping[str, Any], order: str, start: Factors, result: LocalResult) -> dict[str, Any]:
+    """What the reply carries of where the client went."""
+    uplink = settings.get("uplink", "tensors")
+    if uplink == "tensors":
+        return {"factors": result.factors}
+    scalars = np.array(result.scalars, dtype=np.float32)
+    if uplink == "scalars":
+        return {"arrays": {"scalars": torch.from_numpy(scalars.reshape(-1))}, "digest": digest_of(result.factors)}
+    pool = SeedPool(int(settings["pool_size"]), int(settings["seed"]))
+    sums = torch.from_numpy(pool.sums(order, scalars, float(settings["lr"]))).float()
+    return {"arrays": {"pool": sums}, "digest": result.digest or digest_of(start)}
 
 
 def fresh_factors(modules: Mapping[str, tuple[int, int]], rank: int, seed: int, name: str) -> dict[str, Pair]:

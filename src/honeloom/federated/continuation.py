@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Continuation", "continuation_of"]
+__all__ = ["Continuation", "continuation_of", "follows"]
 
 Trains = Literal["both", "a", "b"]
 
@@ -57,3 +57,8 @@ def continuation_of(rule: str, *, reset: bool = False) -> Continuation:
     if reset:
         return Continuation("fresh", alike=False)
     return _RULES.get(rule, Continuation("fresh", alike=False))
+
+
+def follows(rule: str, uplink: str, server: str) -> bool:
+    """Whether clients move shared factors on by themselves, from everybody's scalars: averages of one shape can."""
+    return uplink == "scalars" and rule in ("fedit", "ffa", "rolora") and server == "none"

@@ -15,7 +15,7 @@ from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.messages import PROTOCOL
 from honeloom.runs.atomic import canonical_json, write_json
 
-__all__ = ["ClientSetup", "Experiment", "experiment_name"]
+__all__ = ["ClientSetup", "Experiment", "client_settings", "experiment_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,15 @@ class ClientSetup:
 
 
 CLIENT_SETTINGS = (
-    "targets", "batch_size", "max_length", "load_in", "dtype", "device", "split", "limit", "strict", "max_bad",
+    "method", "targets", "batch_size", "max_length", "load_in", "dtype", "device", "split", "limit", "strict",
+    "max_bad",
 )  # fmt: skip
+
+
+def client_settings(config: FederateConfig) -> dict[str, Any]:
+    """What of the settings a client's process needs to open its model and rows."""
+    plain = config.model_dump(mode="json")
+    return {name: plain[name] for name in CLIENT_SETTINGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +104,8 @@ class Experiment:
 
     def setup(self) -> ClientSetup:
         """What clients are told."""
-        plain = self.config.model_dump(mode="json")
         names = tuple(client.id for client in self.config.members())
-        return ClientSetup(names, self.model, self.base, self.rows, {name: plain[name] for name in CLIENT_SETTINGS})
+        return ClientSetup(names, self.model, self.base, self.rows, client_settings(self.config))
 
     def write(self, path: Path) -> None:
         """Write it to a file."""

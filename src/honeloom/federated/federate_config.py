@@ -9,18 +9,23 @@ from pydantic import Field, field_validator, model_validator
 
 from honeloom.config.base import Config, LoadIn, ModelInput, NoResultMark, OptionalFileInput, RowsConfig, RowsInput
 from honeloom.federated.config import AggregationRule, SvdConfig
-from honeloom.federated.privacy import MODES, Mode, mode_of
+from honeloom.federated.privacy import MODES, POOL_MODE, Mode, mode_of
 from honeloom.system import unportable
 from honeloom.tuning.config import AdamWConfig, MezoConfig, TuneOptimizer
 
 __all__ = [
     "ClientConfig",
+    "DpConfig",
     "FederateConfig",
     "PartitionConfig",
     "PrivacyConfig",
+    "RatesConfig",
     "ServerConfig",
+    "Statistic",
     "SuperlinkConfig",
 ]
+
+Statistic = Literal["none", "loss", "five_rounds", "difference", "random"]
 
 
 EQUAL_RANKS = ("fedit", "fedex", "rolora", "ffa")
@@ -107,15 +112,34 @@ class SuperlinkConfig(Config):
         return self
 
 
+class DpConfig(Config):
+    """Differential privacy of single rows: every scalar is a noised sum over a Poisson sample of rows.
+
+    `batch_size` is then the rows of a step on average. Losses stay with the clients.
+    """
+
+    clip: float = Field(gt=0, description="Largest magnitude of a row's scalar, in nats per token and unit of weight.")
+    noise: float = Field(gt=0, description="Standard deviation of the noise, in units of clip.")
+    delta: float = Field(1e-5, gt=0, lt=1, description="Must be below one over a client's rows.")
+    seed: int | None = Field(
+        None, ge=0, description="Of the noise, for simulations: whoever knows it can take the noise off. Default: the "
+        "operating system's secret numbers, so that no two runs are alike."
+    )  # fmt: skip
+
+
 class PrivacyConfig(Config):
     """Who may see what of a client."""
 
     mode: Mode | None = Field(
         None, description="flora-stack: everybody each client's factors; flora-svd: the server those, other clients "
-        "their compressed sum; average: the server those, other clients their average. Default: that of the rule."
+        "their compressed sum; average: the server those, other clients their average; seed-pool: the server each "
+        "client's sums over seeds, or with secagg their total alone. Default: that of the rule and uplink."
     )  # fmt: skip
-    secagg: Literal[False] = Field(False, description="Secure aggregation; no rule on LoRA factors can work under it.")
-    dp: None = Field(None, description="Differential privacy; not for LoRA factors.")
+    secagg: bool = Field(
+        False, description="Secure aggregation: the server sees the sum of the clients' sums over seeds, and no part "
+        "of it; with uplink seed-pool, three clients or more."
+    )  # fmt: skip
+    dp: DpConfig | None = Field(None, description="Differential privacy of each row: noise on zeroth-order scalars.")
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -123,30 +147,12 @@ class PrivacyConfig(Config):
         why = {
             "dense-sum": "the server would need each weight's dense update under secure aggregation, which honeloom "
             "does not offer for LoRA",
-            "seed-pool": "it is about zeroth-order clients, whose messages are sums over seeds",
         }
         if value in why:
-            raise ValueError(f"{value} is not to be had here: {why[value]}; use flora-stack, flora-svd or average")
+            raise ValueError(
+                f"{value} is not to be had here: {why[value]}; use flora-stack, flora-svd, average or seed-pool"
+            )
         return value
-
-    @field_validator("secagg", mode="before")
-    @classmethod
-    def _no_secagg(cls, value: Any) -> Any:
-        if value:
-            raise ValueError(
-                "secure aggregation hides all but sums from the server, and every rule here needs each client's A and "
-                "B: stacking and sums of products their product, and averages the check of each; leave it out"
-            )
-        return False
-
-    @field_validator("dp", mode="before")
-    @classmethod
-    def _no_dp(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError(
-                "noise on A and B alone bounds nothing about their product, so no epsilon could be told; leave dp out"
-            )
-        return None
 
 
 class ServerConfig(Config):
@@ -161,6 +167,36 @@ class ServerConfig(Config):
     tau: float = Field(1e-3, gt=0, description="Added to the root of the second moment.")
 
 
+class RatesConfig(Config):
+    """Learning rates of single clients: the round's, times 1 + spread x how far the client was from the others.
+
+    A client that is new has the round's own rate; one that was away keeps half of its deviation for each round.
+    """
+
+    statistic: Statistic = Field(
+        "none", description="What is compared: the mean training loss of the last round or of five rounds, how far "
+        "a client's way was from the mean way, or nothing (random: a control)."
+    )  # fmt: skip
+    spread: float = Field(0.5, gt=0, lt=1, description="Largest deviation, as a share of the rate (published: 0.5).")
+    robust: bool = Field(
+        False, description="Divide by three median absolute deviations and clip, instead of by the largest deviation."
+    )
+    least: float | None = Field(None, gt=0, description="No rate is below.")
+    most: float | None = Field(None, gt=0, description="No rate is above.")
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> RatesConfig:
+        fields = type(self).model_fields
+        changed = [n for n in ("spread", "robust", "least", "most") if getattr(self, n) != fields[n].default]
+        if self.statistic == "none" and changed:
+            raise ValueError(f"{changed[0]} is about rates of single clients; give a statistic, or leave it out")
+        if self.statistic == "random" and self.robust:
+            raise ValueError("robust compares clients, and random does not; leave it out")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"least {self.least:g} is over most {self.most:g}")
+        return self
+
+
 class FederateConfig(RowsConfig):
     """Tune a model on rows that stay with their clients."""
 
@@ -168,6 +204,9 @@ class FederateConfig(RowsConfig):
     clients: tuple[ClientConfig, ...] = Field((), description="Clients with rows of their own.")
     rows: RowsInput = Field((), description="Rows that `partition` splits among simulated clients.")
     partition: PartitionConfig | None = Field(None, description="How `rows` are split.")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: adapters, or, with mezo and uplink seed-pool, all weights."
+    )
     ranks: int | tuple[int, ...] = Field(8, description="One rank for all clients, or one for each, in their order.")
     rounds: int = Field(3, ge=1, description="Rounds of local tuning and aggregation.")
     local_steps: int = Field(20, ge=1, description="Optimizer steps of a client in a round.")
@@ -191,11 +230,14 @@ class FederateConfig(RowsConfig):
         None, description="Where a round's adapters begin: at the aggregate, or anew beside it. Default: the rule's."
     )
     server: ServerConfig = Field(default_factory=ServerConfig, description="Optimizer of the server.")
-    uplink: Literal["tensors", "scalars"] = Field(
+    uplink: Literal["tensors", "scalars", "seed-pool"] = Field(
         "tensors",
-        description="What clients send: the factors of their adapters, or, with mezo, one number per step and "
-        "direction, from which the server has the very factors.",
+        description="What clients send: the factors of their adapters; or, with mezo, one number per step and "
+        "direction, from which the server has the very factors (and averages travel down as scalars too); or one "
+        "number per seed of a pool, whatever the steps and rounds, up and down.",
     )
+    pool_size: int = Field(1024, ge=16, le=65536, description="Seeds of a seed-pool, from which all steps draw.")
+    rates: RatesConfig = Field(default_factory=RatesConfig, description="Learning rates of single clients.")
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="Who may see what of a client.")
     weights: Literal["rows", "equal"] = Field(
         "rows", description="Share of a client: by its rows, as it tells them when it first replies, or the same."
@@ -227,11 +269,15 @@ class FederateConfig(RowsConfig):
     @model_validator(mode="before")
     @classmethod
     def _rule_of_mode(cls, data: Any) -> Any:
-        """A mode without a rule means the mode's first."""
+        """A mode without a rule means the mode's first; sums over seeds are averages."""
         privacy = data.get("privacy") if isinstance(data, dict) else None
         mode = privacy.get("mode") if isinstance(privacy, dict) else None
-        if isinstance(mode, str) and mode in MODES and "aggregation" not in data:
+        if mode == POOL_MODE and isinstance(data, dict):
+            data = {"uplink": "seed-pool", **data}
+        elif isinstance(mode, str) and mode in MODES and "aggregation" not in data:
             return {**data, "aggregation": MODES[mode][0]}
+        if isinstance(data, dict) and data.get("uplink") == "seed-pool":
+            return {"aggregation": "ffa", **data}
         return data
 
     @field_validator("ranks", mode="before")
@@ -290,17 +336,22 @@ class FederateConfig(RowsConfig):
     def _check_rule(self) -> None:
         """Refuse what the rule cannot do."""
         rule, averages = self.aggregation.type, ("fedit", "ffa")
-        mode, has = self.privacy.mode, mode_of(rule)
-        if mode is not None and mode != has:
-            raise ValueError(
-                f"privacy mode {mode}: aggregation {rule} is of mode {has}; use {', '.join(MODES[mode])}, or that mode"
-            )
+        self._check_mode(rule)
         if self.scaffold and (self.optimizer.type != "sgd" or rule not in averages):
             raise ValueError("scaffold corrects sgd steps on factors of one shape; use optimizer sgd and fedit or ffa")
         if isinstance(self.optimizer, MezoConfig):
             self._check_mezo(self.optimizer)
-        elif self.uplink == "scalars":
-            raise ValueError(f"uplink scalars: {self.optimizer.type} has none; use optimizer mezo, or uplink tensors")
+        elif self.uplink != "tensors":
+            raise ValueError(
+                f"uplink {self.uplink}: {self.optimizer.type} has no scalars; use optimizer mezo, or uplink tensors"
+            )
+        self._check_pool(rule)
+        self._check_privacy()
+        if self.rates.statistic == "difference" and rule not in (*EQUAL_RANKS,):
+            raise ValueError(
+                f"rates.statistic difference compares factors of one shape, and {rule} has none; use fedit, ffa, "
+                "rolora or fedex, or statistic five_rounds"
+            )
         if self.scaffold and (
             getattr(self.optimizer, "momentum", False) or getattr(self.optimizer, "weight_decay", False)
         ):
@@ -329,6 +380,72 @@ class FederateConfig(RowsConfig):
         allowed: dict[str, tuple[str, ...]] = {"flora": ("reset",), "svd": ("warm", "reset")}
         if self.start is not None and self.start not in allowed.get(rule, ("warm",)):
             raise ValueError(f"start {self.start}: {rule} goes on {' or '.join(allowed.get(rule, ('warm',)))}")
+
+    def _check_mode(self, rule: str) -> None:
+        mode, has = self.privacy.mode, mode_of(rule, self.uplink)
+        if mode is None or mode == has:
+            return
+        use = ", ".join(MODES[mode]) if mode in MODES else "uplink seed-pool"
+        raise ValueError(f"privacy mode {mode}: aggregation {rule} is of mode {has}; use {use}, or that mode")
+
+    def _check_privacy(self) -> None:
+        """Refuse sums that cannot be hidden, and noise that bounds nothing."""
+        privacy, mezo = self.privacy, self.optimizer
+        if privacy.secagg and self.uplink != "seed-pool":
+            raise ValueError(
+                "secure aggregation hides all but sums from the server, and what travels here is no sum: stacking and "
+                "sums of products need each client's A and B, and scalars each client's steps; use uplink seed-pool"
+            )
+        if privacy.secagg and self.rates.statistic == "difference":
+            raise ValueError("rates.statistic difference needs each client's sums, and secagg hides them; use another")
+        if privacy.secagg and len(self.members()) < 3:
+            raise ValueError(
+                f"secure aggregation of {len(self.members())} clients: of a sum of two each can subtract its own part "
+                "and has the other's; it takes three, or leave secagg out"
+            )
+        if privacy.dp is None:
+            return
+        if not isinstance(mezo, MezoConfig):
+            raise ValueError(
+                "privacy.dp: noise on A and B alone bounds nothing about their product, so no epsilon could be told; "
+                "use optimizer mezo, whose scalars are noised, or leave dp out"
+            )
+        if mezo.clip is not None:
+            raise ValueError("optimizer.clip: privacy.dp has a clip of its own, for single rows; leave this one out")
+        if mezo.objective != "loss":
+            raise ValueError(f"objective {mezo.objective}: privacy.dp is about losses of rows; use objective loss")
+        if self.rates.statistic in ("loss", "five_rounds"):
+            raise ValueError(
+                f"rates.statistic {self.rates.statistic}: with privacy.dp losses stay with the clients, for they are "
+                "not noised; use difference, which follows from noised scalars"
+            )
+        if self.engine == "deployment" and privacy.dp.seed is not None:
+            raise ValueError(
+                "privacy.dp.seed is for simulations: whoever knows it can take the noise off; leave it out"
+            )
+
+    def _check_pool(self, rule: str) -> None:
+        """Refuse what sums over seeds, or weights without adapters, cannot do."""
+        fields = type(self).model_fields
+        if self.uplink != "seed-pool":
+            if self.pool_size != fields["pool_size"].default:
+                raise ValueError("pool_size is about uplink seed-pool; leave it out")
+            if self.method == "full":
+                raise ValueError("method full: all weights travel as sums over seeds alone; use uplink seed-pool")
+            return
+        if rule not in ("ffa", "fedit"):
+            raise ValueError(
+                f"uplink seed-pool adds up what clients did along every seed, and {rule} does more; use ffa, which "
+                "trains B alone and is exact, or fedit"
+            )
+        if self.server.type != "none":
+            raise ValueError(f"server {self.server.type} works on factors, and a seed-pool has sums; leave it out")
+        if self.method == "full":
+            idle = [n for n in ("ranks", "targets", "alpha") if getattr(self, n) != fields[n].default]
+            if idle:
+                raise ValueError(f"{idle[0]} is about adapters, and method full has none; leave it out")
+            if self.load_in is not None:
+                raise ValueError(f"method full trains float32 weights; load_in {self.load_in} has none; leave it out")
 
     def _check_mezo(self, mezo: MezoConfig) -> None:
         """Refuse what means nothing where there are no gradients."""

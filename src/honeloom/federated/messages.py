@@ -1,7 +1,8 @@
 """What a server and its clients say to each other, and its form on the wire: one safetensors document.
 
-Tensors are named `group|module|a` and `group|module|b`; all else is JSON in the document's
-metadata. A document is checked against what was agreed before a tensor of it is touched.
+Tensors are named `group|module|a` and `group|module|b`, or `array|name`; all else is JSON in the
+document's metadata, without what is at its default. A document is checked against what was agreed
+before a tensor of it is touched.
 """
 
 from __future__ import annotations
@@ -9,13 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save
 
@@ -24,18 +22,22 @@ from honeloom.errors import CheckpointError, MessageError
 from honeloom.types.views import plain as plain_text
 
 __all__ = [
-    "PROTOCOL", "Factors", "Manifest", "TrainReply", "TrainTask", "decode_reply", "decode_task", "digest_of", "encode",
-    "pack_scalars", "unpack_scalars",
+    "PROTOCOL", "Arrays", "Factors", "Log", "Manifest", "TrainReply", "TrainTask", "decode_reply", "decode_task",
+    "digest_of", "encode",
 ]  # fmt: skip
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when messages change; server and clients of different numbers refuse each other."""
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module -> b (m, r) and a (r, n)."""
+Arrays = Mapping[str, torch.Tensor]
+"""Name -> one dimension."""
+Log = tuple[tuple[int, tuple[tuple[str, float, float], ...]], ...]
+"""Rounds of zeroth-order steps: number, and of every client its name, share and learning rate."""
 LARGEST, MOST_METRICS, MOST_ROWS, ERROR = 1e12, 64, 1 << 53, 500
 """Of what a reply tells beside its tensors: size of a number, numbers, rows, characters of an error."""
-_HEX = re.compile("[0-9a-f]*")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ARRAY_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,13 +60,26 @@ class TrainTask:
     trains : {"both", "a", "b"}
         Which factors change.
     version : int
-        Of the frozen additions, once `frozen` is added to those of version `since`; 0 is none.
+        Of what the client holds from round to round, once this task is added to version `since`; 0 is none. That
+        is the frozen additions, and with `follows` the shared factors.
     settings : mapping
         Steps, rows per step, learning rate, optimizer and the like.
+    phase : str
+        What is asked: to train, or a step of a protocol beside it, whose words are in `notes`.
+    follows : bool
+        Whether the client keeps the shared factors and moves them on by `log`.
+    log : Log
+        Rounds between `since` and `version`; their scalars are in the array `log`, one after the other.
+    digest : str
+        Of the shared factors at `version`, where the client follows.
+    notes : mapping
+        Of a protocol beside training.
     shared, frozen : Factors
         Scale 1: where to begin; additions to the base that are not trained.
     correction : Factors
         Added to every gradient (SCAFFOLD's c - c_i).
+    arrays : Arrays
+        `log`, as above; `pool`: (K,) float64, by how much the seeds of a pool have moved the start.
     """
 
     experiment: str
@@ -78,9 +93,15 @@ class TrainTask:
     since: int = 0
     version: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    phase: str = "train"
+    follows: bool = False
+    log: Log = ()
+    digest: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
     shared: Factors = field(default_factory=dict)
     frozen: Factors = field(default_factory=dict)
     correction: Factors = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,17 +115,20 @@ class TrainReply:
     rows : int
         How many rows the client has.
     version : int
-        Of the frozen additions that it now holds.
+        Of what it now holds.
     metrics : mapping
         Numbers: losses in nats per token, tokens, seconds.
     error : str or None
         Why there is no update.
-    scalars : str
-        Instead of factors: of zeroth-order steps, by step and direction, float32 as hex digits.
     digest : str
-        Of the factors that the scalars lead to.
+        Of the factors that the scalars lead to; with a pool, of what the client began with.
+    notes : mapping
+        Of a protocol beside training.
     factors : Factors
         As the adapter holds them: the update is alpha / rank * b @ a.
+    arrays : Arrays
+        Instead of factors. `scalars`: float32, of zeroth-order steps, by step and direction. `pool`: (K,), by how
+        much the client moved each seed of a pool. `masked`: the same under a mask, int64 bits.
     """
 
     experiment: str
@@ -114,30 +138,49 @@ class TrainReply:
     version: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
-    scalars: str = ""
     digest: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
     factors: Factors = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a reply may hold: shapes (m, n) by module, rank, most bytes; or so many scalars, and no factors."""
+    """What a reply may hold: factors of shapes (m, n) by module and of a rank, or arrays, and how many bytes.
+
+    Attributes
+    ----------
+    modules, rank
+        Of the factors; no modules: none.
+    most_bytes : int
+        Of the whole message.
+    arrays : mapping
+        Name -> (type as safetensors names it, length).
+    notes : bool
+        Whether the reply may tell something beside the numbers.
+    """
 
     modules: Mapping[str, tuple[int, int]]
     rank: int
     most_bytes: int
-    scalars: int = 0
-
-    @classmethod
-    def of_scalars(cls, modules: Mapping[str, tuple[int, int]], rank: int, count: int) -> Manifest:
-        """What a client sends that sends the scalars of its steps alone."""
-        return cls(modules, rank, 8 * count + 8192, count)
+    arrays: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    notes: bool = False
 
     @classmethod
     def of(cls, modules: Mapping[str, tuple[int, int]], rank: int) -> Manifest:
         """What a client of this rank sends in float32, and room for names."""
         numbers = sum(rank * (m + n) for m, n in modules.values())
         return cls(modules, rank, 4 * numbers + 1024 * (len(modules) + 64))
+
+    @classmethod
+    def of_arrays(cls, **arrays: tuple[str, int]) -> Manifest:
+        """What a client sends that sends numbers instead of factors."""
+        return cls({}, 0, sum(8 * count for _, count in arrays.values()) + 8192, arrays)
+
+    @classmethod
+    def of_notes(cls, most_bytes: int) -> Manifest:
+        """What a client sends in a step of a protocol beside training."""
+        return cls({}, 0, most_bytes, {}, True)
 
 
 _GROUPS = {TrainTask: ("shared", "frozen", "correction"), TrainReply: ("factors",)}
@@ -146,23 +189,36 @@ _GROUPS = {TrainTask: ("shared", "frozen", "correction"), TrainReply: ("factors"
 def encode(message: TrainTask | TrainReply) -> bytes:
     """The message as bytes; equal messages are equal bytes."""
     groups = _GROUPS[type(message)]
-    plain = {name: getattr(message, name) for name in type(message).__slots__ if name not in groups}
+    plain = {
+        f.name: value
+        for f in fields(message)
+        if f.name not in (*groups, "arrays") and (value := getattr(message, f.name)) != _default(f)
+    }
     if "metrics" in plain:  # always of one width: how long a client took must not show in the bytes it sends
-        plain["metrics"] = {name: f"{value:+.17e}" for name, value in plain["metrics"].items()}
+        plain["metrics"] = {name: f"{value:+.8e}" for name, value in plain["metrics"].items()}
     tensors = {
         f"{group}|{module}|{factor}": tensor.detach().contiguous().cpu()
         for group in groups
         for module, pair in getattr(message, group).items()
         for factor, tensor in zip("ba", pair, strict=True)
     }
-    text = json.dumps({"protocol": PROTOCOL, **plain}, sort_keys=True, default=dict)
+    tensors |= {f"array|{name}": tensor.contiguous().cpu() for name, tensor in message.arrays.items()}
+    text = json.dumps({"protocol": PROTOCOL, **plain}, sort_keys=True, default=dict, separators=(",", ":"))
     data: bytes = save(tensors, metadata={"message": text})
     return data
+
+
+def _default(known: Any) -> Any:
+    if known.default_factory is not MISSING:
+        return known.default_factory()
+    return known.default
 
 
 def decode_task(data: bytes) -> TrainTask:
     """Read a task; a client trusts its server with sizes, not with the form."""
     header, plain = _open(data, "task", None)
+    if "log" in plain:
+        plain["log"] = tuple((number, tuple((c, s, lr) for c, s, lr in moved)) for number, moved in plain["log"])
     return TrainTask(**plain, **_read(data, header, "task", _GROUPS[TrainTask], None))
 
 
@@ -177,31 +233,17 @@ def decode_reply(data: bytes, manifest: Manifest) -> TrainReply:
     """
     header, plain = _open(data, "reply", manifest.most_bytes)
     reply = TrainReply(**plain, **_read(data, header, "reply", _GROUPS[TrainReply], manifest))
-    if manifest.scalars and reply.error is None:
-        _check_scalars(reply, manifest.scalars)
-    elif reply.error is None and set(reply.factors) != set(manifest.modules):
-        lacking = sorted(set(manifest.modules) - set(reply.factors))
+    if reply.error is not None:
+        return reply
+    if lacking := sorted(set(manifest.modules) - set(reply.factors)):
         raise MessageError(f"reply: no factors for {len(lacking)} modules (first {lacking[0]!r})")
+    if missing := sorted(set(manifest.arrays) - set(reply.arrays)):
+        raise MessageError(f"reply: no {missing[0]}")
+    if reply.notes and not manifest.notes:
+        raise MessageError("reply: notes were not agreed")
+    if odd := [n for n, t in reply.arrays.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
+        raise MessageError(f"reply: its {odd[0]} hold NaN or infinity")
     return reply
-
-
-def _check_scalars(reply: TrainReply, count: int) -> None:
-    if reply.factors or len(reply.scalars) != 8 * count or not _HEX.fullmatch(reply.scalars):
-        raise MessageError(
-            f"reply: {len(reply.scalars) // 8} scalars and {len(reply.factors)} factors, expected {count} and none"
-        )
-    if not np.isfinite(unpack_scalars(reply.scalars)).all():
-        raise MessageError("reply: its scalars hold NaN or infinity")
-
-
-def pack_scalars(scalars: Sequence[Sequence[float]]) -> str:
-    """Numbers by step and direction as hex digits of float32, eight each."""
-    return np.array(scalars, dtype="<f4").tobytes().hex()
-
-
-def unpack_scalars(text: str) -> npt.NDArray[np.float32]:
-    """One dimension, in the order of `pack_scalars`."""
-    return np.frombuffer(bytes.fromhex(text), dtype="<f4")
 
 
 def digest_of(factors: Factors) -> str:
@@ -234,8 +276,8 @@ def _open(data: bytes, what: str, most: int | None) -> tuple[Header, dict[str, A
 def _check_types(plain: dict[str, Any], what: str) -> None:
     kinds: dict[str, Any] = {
         "experiment": str, "client": str, "round": int, "rank": int, "rows": int, "version": int, "since": int,
-        "metrics": dict, "settings": dict, "scalars": str, "digest": str, "error": (str, type(None)),
-        "alpha": (int, float),
+        "metrics": dict, "settings": dict, "notes": dict, "digest": str, "error": (str, type(None)), "phase": str,
+        "alpha": (int, float), "start": str, "trains": str, "log": list,
     }  # fmt: skip
     for name, value in plain.items():
         if name in kinds and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
@@ -259,14 +301,19 @@ def _check_types(plain: dict[str, Any], what: str) -> None:
 def _read(data: bytes, header: Header, what: str, groups: tuple[str, ...], manifest: Manifest | None) -> dict[str, Any]:
     """The tensors by group and module; every name and shape is checked before the first is read."""
     found: dict[str, dict[str, dict[str, Any]]] = {group: {} for group in groups}
+    arrays = {}
     for info in header.tensors:
         parts = info.name.split("|")
+        if len(parts) == 2 and parts[0] == "array":
+            _check_array(info, parts[1], what, manifest)
+            arrays[parts[1]] = info
+            continue
         if len(parts) != 3 or parts[0] not in groups or parts[2] not in ("a", "b") or info.dtype not in _DTYPES:
             raise MessageError(f"{what}: tensor {info.name!r:.80} of type {info.dtype} was not agreed")
         if manifest is not None:
             _check_shape(info.name, info.shape, parts, manifest)
         found[parts[0]].setdefault(parts[1], {})[parts[2]] = info
-    read: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    read: dict[str, Any] = {"arrays": {name: _tensor(data, header, info) for name, info in arrays.items()}}
     for group, modules in found.items():
         read[group] = {}
         for module, pair in modules.items():
@@ -281,6 +328,16 @@ def _read(data: bytes, header: Header, what: str, groups: tuple[str, ...], manif
     return read
 
 
+def _check_array(info: Any, name: str, what: str, manifest: Manifest | None) -> None:
+    agreed = manifest.arrays.get(name) if manifest is not None else (info.dtype, info.elements)
+    if agreed is None:
+        raise MessageError(f"{what}: array {name!r:.80} was not agreed")
+    if info.dtype not in _ARRAY_DTYPES or len(info.shape) != 1 or (info.dtype, info.elements) != agreed:
+        raise MessageError(
+            f"{what}: {name} of {info.elements} numbers of type {info.dtype}, expected {agreed[1]} of {agreed[0]}"
+        )
+
+
 def _check_shape(name: str, shape: tuple[int, ...], parts: list[str], manifest: Manifest) -> None:
     _, module, factor = parts
     if module not in manifest.modules:
@@ -292,10 +349,9 @@ def _check_shape(name: str, shape: tuple[int, ...], parts: list[str], manifest: 
 
 
 def _tensor(data: bytes, header: Header, info: Any) -> torch.Tensor:
+    dtype = {**_DTYPES, **_ARRAY_DTYPES}[info.dtype]
     if not info.elements:
-        return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+        return torch.empty(info.shape, dtype=dtype)
     assert DTYPE_BITS[info.dtype] % 8 == 0  # of those allowed
-    flat = torch.frombuffer(
-        bytearray(data[header.data_start + info.start : header.data_start + info.end]), dtype=_DTYPES[info.dtype]
-    )
+    flat = torch.frombuffer(bytearray(data[header.data_start + info.start : header.data_start + info.end]), dtype=dtype)
     return flat.view(info.shape)

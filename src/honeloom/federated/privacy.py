@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from honeloom.federated.continuation import follows
+
 if TYPE_CHECKING:
     from honeloom.federated.federate_config import FederateConfig
 
-__all__ = ["MODES", "Exposure", "Mode", "exposure_of", "mode_of"]
+__all__ = ["MODES", "POOL_MODE", "Exposure", "Mode", "exposure_of", "mode_of"]
 
-Mode = Literal["flora-stack", "flora-svd", "average"]
+Mode = Literal["flora-stack", "flora-svd", "average", "seed-pool"]
+POOL_MODE = "seed-pool"
 MODES: dict[str, tuple[str, ...]] = {
     "flora-stack": ("flora", "fedex"),
     "flora-svd": ("svd", "flexlora"),
@@ -22,7 +25,9 @@ _OTHERS = {
     "flora-svd": "the aggregate alone, by its leading singular vectors; where there are two clients, each can take "
     "off its own part",
     "average": "the averaged factors alone; where there are two clients, each can take off its own part",
+    "seed-pool": "the sum over all clients alone; where there are two, each can take off its own part",
 }
+_SUM = "the sum over all clients alone; all others together could take off their own parts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +59,30 @@ class Exposure:
         )
 
 
-def mode_of(rule: str) -> str:
-    """The mode that a rule has; a rule of a plug-in sends what it makes, so that the worst is assumed."""
+def mode_of(rule: str, uplink: str = "tensors") -> str:
+    """The mode that a rule and an uplink have; a rule of a plug-in sends what it makes: the worst is assumed."""
+    if uplink == POOL_MODE:
+        return POOL_MODE
     return next((mode for mode, rules in MODES.items() if rule in rules), "flora-stack")
 
 
 def exposure_of(config: FederateConfig) -> Exposure:
     """What the parties see under these settings."""
-    mode = mode_of(config.aggregation.type)
-    server = "its A and B of every round, how many rows it has, its losses and how long it took"
+    mode, privacy = mode_of(config.aggregation.type, config.uplink), config.privacy
+    server = {
+        "tensors": "its A and B of every round",
+        "scalars": "the scalars of its steps, and so its A and B of every round",
+        "seed-pool": "how far it went along every seed, and so its update",
+    }[config.uplink]
+    others = _OTHERS[mode]
+    if privacy.secagg:
+        server, others = "nothing of its update but the sum over all clients", _SUM
+    elif follows(config.aggregation.type, config.uplink, config.server.type):
+        others = "the scalars of its steps, and so its A and B: everybody moves on by everybody's scalars"
+    server += ", how many rows it has" + ("" if privacy.dp else ", its losses and how long it took")
     if config.engine != "deployment":
         server += "; here all clients live on one machine, rows included"
-    hidden = "its rows, which may yet be inferred in part from A and B: they are not noised"
-    return Exposure(mode, server, _OTHERS[mode], hidden)
+    hidden = "its rows, which may yet be inferred in part from what is seen: that is not noised"
+    if privacy.dp is not None:
+        hidden = "its rows: whether one of them was there shows in what is seen by no more than epsilon tells"
+    return Exposure(mode, server, others, hidden)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["client_rates", "deviations"]
+from honeloom.federated.federate_config import Statistic
+from honeloom.ops.noise import keyed_uniform
+
+__all__ = ["RateMemory", "client_rates", "deviations", "drawn_deviations"]
+
+ROUNDS = 5
+"""Whose losses five_rounds takes the mean of."""
+DECAY = 0.5
+"""What is left of a client's deviation after a round that it was not in."""
 
 SMALLEST = 1e-12
 """Deviations below this share of the mean's magnitude count as none."""
@@ -66,3 +75,43 @@ def client_rates(
         Bounds of a rate.
     """
     return {name: min(most, max(least, base + spread * d)) for name, d in deviation.items()}
+
+
+def drawn_deviations(clients: Iterable[str], seed: int, number: int) -> dict[str, float]:
+    """Deviations that tell nothing, uniform in [-1, 1]: the control of the others."""
+    names = list(clients)
+    draws = keyed_uniform(seed, f"federated/rates/{number}", names)
+    return {name: 2.0 * float(draw) - 1.0 for name, draw in zip(names, draws, strict=True)}
+
+
+@dataclass(slots=True)
+class RateMemory:
+    """What earlier rounds told of every client: its last losses, and how far it was from the others.
+
+    Attributes
+    ----------
+    losses : dict
+        Mean training loss of each client's last five rounds, oldest first.
+    deviation : dict
+        In [-1, 1]; clients that were never in a round have none, and the base rate.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    deviation: dict[str, float] = field(default_factory=dict)
+
+    def note(
+        self, statistic: Statistic, losses: Mapping[str, float], differences: Mapping[str, float], *, robust: bool
+    ) -> None:  # fmt: skip
+        """Take in a round: what each client that was in it lost in training, and how far it went from the mean.
+
+        A client that was not in it keeps half of what it had. For five_rounds, clients with fewer
+        rounds than that have no deviation yet.
+        """
+        for name, loss in losses.items():
+            self.losses[name] = [*self.losses.get(name, []), loss][-ROUNDS:]
+        values: Mapping[str, float] = losses if statistic == "loss" else differences
+        if statistic == "five_rounds":
+            values = {n: statistics.fmean(self.losses[n]) for n in losses if len(self.losses[n]) == ROUNDS}
+        found = deviations(values, robust=robust)
+        for name in {*self.deviation, *found}:
+            self.deviation[name] = found[name] if name in found else DECAY * self.deviation[name]

@@ -12,7 +12,8 @@ from honeloom.errors import HoneloomError
 from honeloom.federated.client import ClientCore, ClientMemory
 from honeloom.federated.frozen import Pair
 from honeloom.federated.messages import decode_task, encode
-from honeloom.federated.server import RoundRecord, ServerCore, ServerState
+from honeloom.federated.server import ServerCore
+from honeloom.federated.state import RoundRecord, ServerState
 from honeloom.federated.store import RoundStore
 
 __all__ = ["Engine", "InlineEngine", "Silence", "run_rounds"]
@@ -74,9 +75,14 @@ class InlineEngine:
             self._additions = (memory.version, memory.frozen)
 
     def restore(self, state: ServerState) -> None:
-        """Give clients the frozen additions that the server thinks they have."""
+        """Give clients the frozen additions, or shared factors, that the server thinks they have."""
         for name, version in state.held.items():
             memory = self.clients[name].memory
+            if state.log.version:  # what they hold are shared factors
+                known = version == state.log.version
+                memory.version, memory.shared = (version, state.shared) if known else (0, {})
+                state.held[name] = memory.version
+                continue
             memory.version, memory.frozen = state.frozen.until(version)
             state.held[name] = version if memory.version else 0
             self._share(memory)
@@ -118,7 +124,11 @@ def run_rounds(
             engine.restore(server.state)
             first = False
         needed = max(1, math.ceil(server.config.quorum * asked)) - (asked - len(tasks))
-        _exchange(server, engine, store, tasks, needed, clock)
+        while tasks:
+            _exchange(server, engine, store, tasks, needed, clock)
+            with clock:
+                tasks = server.proceed()
+            needed = max(1, math.ceil(server.config.quorum * len(tasks)))
         with clock:
             record = server.finish()
         record.seconds, record.server_seconds = time.monotonic() - begun, clock.seconds
@@ -147,8 +157,9 @@ def _exchange(
                     server.fail(client, reply.reason, status=reply.status)
                     continue
                 status = server.ingest(client, reply)
-                if status == "ok":
+                if status == "ok" and server.keeps_replies:
                     store.keep_reply(server.state.round + 1, client, reply)
+                if status == "ok":
                     needed -= 1
                 elif status == "again":
                     again[client] = server.again(client)

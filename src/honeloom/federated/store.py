@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from safetensors.torch import save
 
 from honeloom.checkpoint.headers import read_header
 from honeloom.checkpoint.reader import Checkpoint
-from honeloom.federated.server import RoundRecord, ServerState
+from honeloom.federated.rates import RateMemory
+from honeloom.federated.scalars import ScalarLog
+from honeloom.federated.state import RoundRecord, ServerState
 from honeloom.runs.atomic import write_bytes
 from honeloom.runs.journal import Journal, read_journal
 
@@ -22,6 +24,7 @@ __all__ = ["RoundStore"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 ROUNDS = "rounds.jsonl"
 STATE = ".state"
+POOL = "pool"
 
 
 class RoundStore:
@@ -81,8 +84,12 @@ class RoundStore:
             state = ServerState(plain["round"], held=plain["held"], rows=plain["rows"], norm=plain["norm"])
             state.frozen.entries = [{} for _ in range(plain["additions"])]
             state.frozen.first = plain["first"]
+            state.log, state.rates = ScalarLog.of_json(plain["log"]), RateMemory(**plain["rates"])
             pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
             for name in file.names():
+                if name == POOL:
+                    state.pool = file.read(name).numpy()
+                    continue
                 group, module, factor = name.split("!")
                 pairs.setdefault((group, module), {})[factor] = file.read(name)
         for (group, module), pair in pairs.items():
@@ -111,7 +118,10 @@ def _packed(state: ServerState) -> bytes:
         for module, pair in pairs.items()
         for factor, tensor in zip("ba", pair, strict=True)
     }
+    if state.pool is not None:
+        tensors[POOL] = torch.from_numpy(state.pool.copy())
     plain = {
+        "log": state.log.to_json(), "rates": asdict(state.rates),
         "round": state.round, "held": state.held, "rows": state.rows, "norm": state.norm,
         "first": state.frozen.first, "additions": len(state.frozen.entries),
     }  # fmt: skip

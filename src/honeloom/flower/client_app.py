@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +16,12 @@ from flwr.clientapp import ClientApp
 from honeloom.backends.devices import one_thread
 from honeloom.backends.flower.engine import pack, told_in, unpack
 from honeloom.backends.flower.launch import SIMULATION
-from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.federated_model import FederatedModel
-from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.backends.hf.federated_port import open_port
+from honeloom.backends.hf.federated_weights import FederatedWeights
 from honeloom.data.reader import read_file
 from honeloom.data.sources import RowFile
-from honeloom.errors import ConfigError, HoneloomError, RowsError, SourceError
+from honeloom.errors import ConfigError, HoneloomError, RowsError
 from honeloom.federated.client import ClientCore, ClientMemory
 from honeloom.federated.experiment import ClientSetup
 from honeloom.federated.messages import TrainReply, TrainTask, decode_task, encode
@@ -31,6 +30,8 @@ from honeloom.stages.rows import read_split
 from honeloom.types.rows import Rejected, Row
 
 app = ClientApp()
+GROUPS = ("frozen", "shared")
+"""Of a client's memory, what is made of factors."""
 _admitted: dict[str, str] = {}
 """Where the rows of this process's clients came from."""
 
@@ -55,6 +56,8 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _handle(setup: ClientSetup, task: TrainTask, name: str, memory: ClientMemory, context: Context) -> TrainReply:
+    if task.phase in ("shares", "reveal"):  # nothing is trained, so no model is loaded
+        return ClientCore(name, None, memory).handle(task)
     try:
         port = _port(setup, name, context)
     except HoneloomError as error:
@@ -80,7 +83,7 @@ def _name(setup: ClientSetup, context: Context) -> str:
     )
 
 
-def _port(setup: ClientSetup, name: str, context: Context) -> FederatedModel:
+def _port(setup: ClientSetup, name: str, context: Context) -> FederatedModel | FederatedWeights:
     """The model of this process with the client's rows; a process that serves many clients loads it once."""
     node = context.node_config
     model = str(node.get("model", setup.model))
@@ -95,15 +98,8 @@ def _port(setup: ClientSetup, name: str, context: Context) -> FederatedModel:
 
 
 @lru_cache(maxsize=1)
-def _model(model: str, settings: str) -> FederatedModel:
-    how: dict[str, Any] = json.loads(settings)
-    folder = resolve_model(model, known="unchecked").paths[0]
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise SourceError(f"{model}: no tokenizer, so it cannot be tuned on rows; add tokenizer.json")
-    loaded = load_model(folder, loading=Loading(how["device"], how["dtype"], how["load_in"]))
-    encoder = Encoder(tokenizer, token_limit(loaded.config, tokenizer, how["max_length"]), train=True)
-    return FederatedModel(loaded, encoder, {}, targets=how["targets"], batch_size=how["batch_size"])
+def _model(model: str, settings: str) -> FederatedModel | FederatedWeights:
+    return open_port(resolve_model(model, known="unchecked").paths[0], json.loads(settings), {}, name=model)
 
 
 def _check_base(setup: ClientSetup, model: str, context: Context) -> None:
@@ -146,23 +142,26 @@ def _remembered(context: Context) -> ClientMemory:
     plain = context.state.config_records.get("memory")
     if plain is None:
         return ClientMemory()
-    memory = ClientMemory(version=int(plain["version"]), round=int(plain["round"]))
-    tensors = {name: torch.from_numpy(a.numpy().copy()) for name, a in context.state.array_records["frozen"].items()}
-    for name in tensors:
-        module, factor = name.rsplit("|", 1)
-        if factor == "b":
-            memory.frozen[module] = (tensors[name], tensors[f"{module}|a"])
+    memory = ClientMemory(int(plain["version"]), int(plain["round"]), secrets=json.loads(str(plain["secrets"])))
+    for group in GROUPS:
+        arrays = context.state.array_records[group]
+        tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+        modules = [name.removesuffix("|b") for name in tensors if name.endswith("|b")]
+        getattr(memory, group).update({m: (tensors[f"{m}|b"], tensors[f"{m}|a"]) for m in modules})
     return memory
 
 
 def _remember(context: Context, memory: ClientMemory) -> None:
     known = context.state.config_records.get("memory")
     if known is None or known["version"] != memory.version:
-        context.state["frozen"] = ArrayRecord(
-            {
-                f"{module}|{factor}": Array(tensor.numpy())
-                for module, pair in memory.frozen.items()
-                for factor, tensor in zip("ba", pair, strict=True)
-            }
-        )
-    context.state["memory"] = ConfigRecord({"version": memory.version, "round": memory.round})
+        for group in GROUPS:
+            context.state[group] = ArrayRecord(
+                {
+                    f"{module}|{factor}": Array(tensor.numpy())
+                    for module, pair in getattr(memory, group).items()
+                    for factor, tensor in zip("ba", pair, strict=True)
+                }
+            )
+    context.state["memory"] = ConfigRecord(
+        {"version": memory.version, "round": memory.round, "secrets": json.dumps(memory.secrets)}
+    )

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from honeloom.backends.devices import choose_device, one_thread, release_memory
+from honeloom.backends.devices import choose_device, one_thread
 from honeloom.backends.hf.chat import Encoder
-from honeloom.backends.hf.compare import largest_gap, row_logits
 from honeloom.backends.hf.federated_model import FederatedModel
-from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
-from honeloom.checkpoint.adapter import LoraFile
-from honeloom.checkpoint.adapter_writer import combined_config, write_adapter
-from honeloom.checkpoint.folders import copy_tokenizer, discard
-from honeloom.checkpoint.writer import TensorStream
+from honeloom.backends.hf.federated_port import open_port
+from honeloom.backends.hf.federated_weights import FederatedWeights
+from honeloom.checkpoint.folders import discard, read_config
 from honeloom.data.rowset import RowSet
-from honeloom.errors import ConfigError, HoneloomError, SourceError
+from honeloom.errors import CheckpointError, ConfigError, HoneloomError
 from honeloom.federated.client import ClientCore
-from honeloom.federated.experiment import Experiment, experiment_name
+from honeloom.federated.experiment import Experiment, client_settings, experiment_name
 from honeloom.federated.federate_config import FederateConfig, SuperlinkConfig
 from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.privacy import exposure_of
 from honeloom.federated.rounds import InlineEngine, run_rounds
 from honeloom.federated.server import ServerCore
+from honeloom.federated.state import ServerState
 from honeloom.federated.store import ROUNDS, STATE, RoundStore
-from honeloom.ops.lowrank import compress
+from honeloom.planning.memory import peak_memory, read_decoder
 from honeloom.registry import load_target
 from honeloom.runs.atomic import write_json
 from honeloom.runs.journal import read_journal
+from honeloom.stages.federate_result import result_of
+from honeloom.stages.needs import work_of
 from honeloom.stages.row_records import ROWS_FILE, write_questions
 from honeloom.stages.rows import scan
 from honeloom.stages.work import Outcome, Work
@@ -41,7 +39,6 @@ from honeloom.types.report import Check, Metric
 
 __all__ = ["execute"]
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 PARTITION, HOME = "partition.json", ".flower"
 EXACT = ("flora", "fedex", "ffa", "rolora")
 """Rules whose aggregate is the weighted sum of the updates, up to rounding."""
@@ -52,27 +49,27 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     config, found = work.config, work.inputs["model"]
     if found.base is not None:
         raise ConfigError(f"{found.value} is an adapter; merge it into its base first, with `honeloom merge`")
-    tokenizer = load_tokenizer(found.paths[0])
-    if tokenizer is None:
-        raise SourceError(f"{found.value}: no tokenizer, so it cannot be tuned on rows; add tokenizer.json")
     connection = _connection(work)
     held = _rows(work)
-    model = load_model(found.paths[0], loading=Loading.of(config))
-    encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length), train=True)
     here = {name: list(table) for name, table in held.items()} if config.engine == "inline" else {}
-    port = FederatedModel(model, encoder, here, targets=config.targets, batch_size=config.batch_size)
-    _check_ranks(config, port.modules)
-    experiment = _experiment(work, port.modules)
-    total = _finished(work)
-    if total is None:
-        total = _run(work, experiment, port, held, connection)
-        _write(work, total, port.adapter_config())
+    port = open_port(found.paths[0], client_settings(config), here, name=found.value)
+    if config.method == "lora":
+        _check_ranks(config, port.modules)
+    if config.privacy.dp is not None:
+        _check_noise(work, {name: port.rows(name) for name in port.clients()})
+    result, experiment = result_of(work, port), _experiment(work, port.modules)
+    if _finished(work):
+        result.read()
+    else:
+        result.write(_run(work, experiment, port, held, connection))
     records = RoundStore.read(work.dir)
     if config.engine == "deployment":
         write_json(work.dir / PARTITION, {"sha256": None, "clients": _counted(records)})
+    checks = result.verify(_probes(port.held.encoder, held)) + _exactness(config, records)
     outcome = Outcome(
-        "adapter", ".", _metrics(records), _verify(work, port, total, records, _probes(encoder, held)),
-        _details(config, records), "adapter",
+        result.kind, ".", _metrics(records), tuple(checks),
+        {**_details(config, records), **_costs(work, port.modules, on_gpu=port.model.device.type == "cuda")},
+        result.relation,
     )  # fmt: skip
     discard(work.dir / STATE)
     discard(work.dir / HOME)
@@ -107,23 +104,41 @@ def _check_ranks(config: FederateConfig, modules: Mapping[str, tuple[int, int]])
             )
 
 
-def _finished(work: Work[FederateConfig]) -> dict[str, Pair] | None:
-    """The update of an attempt that was interrupted after its last round, once what led to it is gone."""
-    records = RoundStore.read(work.dir)
-    if len(records) < work.config.rounds or (work.dir / STATE).exists():
-        return None
-    with LoraFile(work.dir) as file:
-        return {
-            module: (file.weights.read(f.b_name) * f.scale, file.weights.read(f.a_name))
-            for module, f in file.factors.items()
-        }
+def _check_noise(work: Work[FederateConfig], rows: Mapping[str, int]) -> None:
+    """Refuse, before anything is trained, what the noise's accounting does not hold for."""
+    config, dp = work.config, work.config.privacy.dp
+    assert dp is not None
+    for name, count in rows.items():
+        try:
+            _spent(config, count, config.rounds)
+        except ConfigError as error:
+            raise ConfigError(f"privacy.dp of client {name!r}, which has {count} rows: {error}") from None
+    if RoundStore.read(work.dir):
+        work.log.warn("privacy.dp: a round that was interrupted is noised anew, and epsilon counts it once")
+
+
+def _spent(config: FederateConfig, rows: int, rounds: int) -> float:
+    """Epsilon of a client's rows over some rounds."""
+    dp, mezo = config.privacy.dp, config.optimizer
+    assert dp is not None and mezo.type == "mezo"  # the settings have seen to it
+    if config.batch_size > rows:
+        raise ConfigError(f"batch_size {config.batch_size} is more than there are; lower it")
+    epsilon = load_target("honeloom.federated.dp:epsilon")
+    return float(
+        epsilon(dp.noise, config.batch_size / rows, config.local_steps * rounds, dp.delta, mezo.directions, rows=rows)
+    )
+
+
+def _finished(work: Work[FederateConfig]) -> bool:
+    """Whether an attempt was interrupted after its last round, once what led to its result is gone."""
+    return len(RoundStore.read(work.dir)) >= work.config.rounds and not (work.dir / STATE).exists()
 
 
 def _run(
-    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel, held: Mapping[str, RowSet],
-    connection: Any,
-) -> dict[str, Pair]:  # fmt: skip
-    """Go through the rounds that are not done; the whole update."""
+    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel | FederatedWeights,
+    held: Mapping[str, RowSet], connection: Any,
+) -> ServerState:  # fmt: skip
+    """Go through the rounds that are not done; the state after the last."""
     config, store = work.config, RoundStore(work.dir)
     if done := store.load().round:
         work.log.say(f"federate: {done} of {config.rounds} rounds were done by an interrupted attempt")
@@ -137,7 +152,7 @@ def _run(
         _run_on_flower(work, experiment, held, store, connection)
     if not any(record["applied"] for record in store.records()):
         raise HoneloomError("no round changed anything, so there is nothing to write; see rounds.jsonl")
-    return _total(store.load().total(), port.modules)
+    return store.load()
 
 
 def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]]) -> Experiment:
@@ -159,7 +174,7 @@ def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int
 
 
 def _run_inline(
-    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel, store: RoundStore
+    work: Work[FederateConfig], experiment: Experiment, port: FederatedModel | FederatedWeights, store: RoundStore
 ) -> None:  # fmt: skip
     server = ServerCore(experiment.config, experiment.name, port.modules, store.load())
     engine = InlineEngine({name: ClientCore(name, port) for name in port.clients()})
@@ -259,37 +274,11 @@ def _tell(work: Work[FederateConfig], record: Mapping[str, Any]) -> None:
         came = f"{len(ok)} of {len(clients)} clients replied"
         work.log.warn(f"round {number}: {record['reason'] or came}; nothing changed")
         return
-    after = sum((c["loss_after"] or 0.0) * c["rows"] for c in ok) / sum(c["rows"] for c in ok)
-    work.log.say(
-        f"round {number}/{work.config.rounds}: {len(ok)} clients, loss {after:.4f}, rank {record['rank']}, "
-        f"error {record['error']:.1e}"
-    )
-
-
-def _total(total: Mapping[str, Pair], modules: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
-    """The whole update, with no more columns than a matrix of its shape can have."""
-    found = {}
-    for module, (b, a) in total.items():
-        if b.shape[1] > min(modules[module]):
-            b, a = compress(b, a)
-        found[module] = (b.float().contiguous(), a.float().contiguous())
-    return found
-
-
-def _write(work: Work[FederateConfig], total: Mapping[str, Pair], like: Mapping[str, Any]) -> None:
-    found = work.inputs["model"]
-    base = found.value.partition("@")[0] if found.revision else str(found.published or found.paths[0])
-    config = combined_config(
-        [{**like, "base_model_name_or_path": base, "revision": found.revision}],
-        {module: b.shape[1] for module, (b, _) in total.items()}, same=True,
-    )  # fmt: skip
-    tensors = [
-        TensorStream.of(f"base_model.model.{module}.lora_{name}.weight", tensor)
-        for module, pair in total.items()
-        for name, tensor in zip("BA", pair, strict=True)
-    ]
-    write_adapter(work.dir, config, tensors)
-    copy_tokenizer(found.paths[0], work.dir)
+    told = [c for c in ok if c["loss_after"] is not None]
+    after = sum(c["loss_after"] * c["rows"] for c in told) / sum(c["rows"] for c in told) if told else None
+    loss = "" if after is None else f", loss {after:.4f}"
+    exact = "" if record["error"] is None else f", rank {record['rank']}, error {record['error']:.1e}"
+    work.log.say(f"round {number}/{work.config.rounds}: {len(ok)} clients{loss}{exact}")
 
 
 def _probes(encoder: Encoder, held: Mapping[str, RowSet]) -> list[list[int]]:
@@ -300,23 +289,13 @@ def _probes(encoder: Encoder, held: Mapping[str, RowSet]) -> list[list[int]]:
     return [encoder.tokenizer.encode(text) for text in ("What is it that you do?", "Once upon a time there was a")]
 
 
-def _verify(
-    work: Work[FederateConfig], port: FederatedModel, total: Mapping[str, Pair], records: Sequence[Mapping[str, Any]],
-    probes: Sequence[list[int]],
-) -> tuple[Check, ...]:  # fmt: skip
-    """Load the saved adapter and compare its logits with those of the model of the clients."""
-    expected = row_logits(port.hold(total), probes)
-    del port
-    release_memory()
-    again = load_model(work.dir, base=work.model(), loading=Loading.of(work.config))
-    gap = largest_gap(expected, row_logits(again, probes))
-    checks = [Check("the saved adapter gives the clients' logits (largest difference)", gap, 1e-4, gap <= 1e-4)]
-    worst = max(record["error"] for record in records if record["applied"])
-    if work.config.aggregation.type in EXACT:
-        checks.append(
-            Check("every aggregate is the weighted sum of the updates (relative error)", worst, 1e-5, worst <= 1e-5)
-        )
-    return tuple(checks)
+def _exactness(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> list[Check]:
+    """Of rules that promise it: that aggregates are sums of updates."""
+    measured = [record["error"] for record in records if record["applied"] and record["error"] is not None]
+    if config.aggregation.type not in EXACT or not measured:
+        return []
+    worst = max(measured)
+    return [Check("every aggregate is the weighted sum of the updates (relative error)", worst, 1e-5, worst <= 1e-5)]
 
 
 def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
@@ -334,9 +313,28 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     return tuple(found)
 
 
+def _costs(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]], *, on_gpu: bool) -> dict[str, Any]:
+    """What tensors would have cost to send, and gradients to have: bytes by client, and estimated peaks of memory."""
+    config, settings = work.config, read_config(work.model())
+    full = config.method == "full"
+    widths = sum(m * n if full else m + n for m, n in modules.values())
+    sizes = {c.id: 4 * widths * (1 if full else c.largest_rank) for c in config.members()}
+    found: dict[str, Any] = {"tensor_bytes": sizes}
+    if config.optimizer.type != "mezo":
+        return found
+    try:
+        decoder, job = read_decoder(settings), work_of(config, settings, gpu=on_gpu)
+    except CheckpointError:  # a family without known sizes
+        return found
+    rank = max(c.largest_rank for c in config.members())
+    backward = replace(job, mode="full" if full else "lora", rank=rank, states=2)
+    jobs = {"inference": replace(job, mode="inference"), "zeroth-order": job, "backpropagation, AdamW": backward}
+    return {**found, "memory": {name: peak_memory(decoder, one).total for name, one in jobs.items()}}
+
+
 def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As the contract has it."""
-    clients = []
+    clients: list[dict[str, Any]] = []
     for member in config.members():
         mine = {r["round"]: c for r in records for c in r["clients"] if c["id"] == member.id}
         seen = [mine.get(r["round"]) for r in records]
@@ -355,15 +353,20 @@ def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> di
                 "lr": [c["lr"] if c else None for c in seen],
             }
         )
+        if config.privacy.dp is not None:  # whoever was asked may have told its scalars
+            clients[-1]["epsilon"] = _spent(config, clients[-1]["rows"], len(last)) if clients[-1]["rows"] else None
+    spent = [c["epsilon"] for c in clients if c.get("epsilon") is not None]
     return {
         "rounds": len(records),
         "global_sha256": records[-1]["sha256"],
-        "epsilon": None,
-        "privacy": {**asdict(exposure_of(config)), "secagg": False, "dp": None},
+        "epsilon": max(spent, default=None),
+        "privacy": {**asdict(exposure_of(config)), **config.privacy.model_dump(mode="json", exclude={"mode"})},
         "uplink": config.uplink,
         "engine": config.engine,
         "aggregation": config.aggregation.type,
         "start": config.starts,
-        "relative_error": max((r["error"] for r in records if r["applied"]), default=None),
+        "method": config.method,
+        "rates": config.rates.model_dump(mode="json"),
+        "relative_error": max((r["error"] for r in records if r["applied"] and r["error"] is not None), default=None),
         "clients": clients,
     }

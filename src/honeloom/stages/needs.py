@@ -16,6 +16,7 @@ from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
 from honeloom.config.load import parse_scalar
 from honeloom.errors import CheckpointError, ConfigError, HoneloomError
+from honeloom.federated.continuation import follows
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.privacy import exposure_of, mode_of
 from honeloom.planning import FSDP_PROFILE
@@ -189,6 +190,8 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
         return replace(work, mode="lora", rank=tuned[0], batch_size=tuned[1], states=2)
     if isinstance(config, FederateConfig):
         rank = max(client.largest_rank for client in config.members())
+        if config.optimizer.type == "mezo":
+            return replace(work, mode="zeroth-order", rank=rank if config.method == "lora" else 0)
         return replace(work, mode="lora", rank=rank, states=_states(config.optimizer))
     if not isinstance(config, TuneConfig):
         return work
@@ -210,21 +213,49 @@ def _states(optimizer: TuneOptimizer) -> int:
 
 
 def _notes(job: Job) -> tuple[str, ...]:
-    """What a federation's operator should know: who sees what, and bytes per round."""
+    """What a federation's operator should know, who sees what and bytes per round; and what a plan cannot measure."""
     config = job.config
+    if isinstance(config, TuneConfig) and config.optimizer.type == "mezo":
+        return _mezo_notes(config)
     if not isinstance(config, FederateConfig):
         return ()
-    settings = _model_config(job)
-    traffic: tuple[str, ...] = ()
-    if settings is not None and config.targets == "all-linear":
-        unit = 4 * read_decoder(settings).adapter_widths
-        up = [client.rank_in(1, 0) * unit for client in config.members()]
-        most, asked = max(up), math.ceil(config.participation * len(up))
-        down = {"flora-stack": sum(sorted(up)[-asked:])}.get(mode_of(config.aggregation.type), most)
-        traffic = (
-            f"traffic per round and client: up {_mb(min(up))} to {_mb(most)}, down {_mb(down)} at most, before framing",
+    return (*exposure_of(config).lines(), *_traffic(config, _model_config(job)))
+
+
+def _traffic(config: FederateConfig, settings: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Bytes per round, as far as they are known beforehand."""
+    told = "traffic per round and client: up {}, down {} at most, before framing"
+    steps = 4 * config.local_steps * getattr(config.optimizer, "directions", 1)
+    asked = math.ceil(config.participation * len(config.members()))
+    if config.uplink == "seed-pool":
+        up = (8 if config.privacy.secagg else 4) * config.pool_size
+        return (told.format(_kb(up), _kb(8 * config.pool_size)),)
+    if settings is None or config.targets != "all-linear":
+        return ()
+    unit = 4 * read_decoder(settings).adapter_widths
+    sizes = [client.rank_in(1, 0) * unit for client in config.members()]
+    most = max(sizes)
+    down = _mb({"flora-stack": sum(sorted(sizes)[-asked:])}.get(mode_of(config.aggregation.type), most))
+    if config.uplink == "scalars":
+        followed = follows(config.aggregation.type, config.uplink, config.server.type)
+        return (told.format(_kb(steps), _kb(steps * asked) if followed else down),)
+    return (told.format(f"{_mb(min(sizes))} to {_mb(most)}", down),)
+
+
+def _kb(count: int) -> str:
+    return f"{count / 1e3:,.2f} kB"
+
+
+def _mezo_notes(config: TuneConfig) -> tuple[str, ...]:
+    """Of zeroth-order steps: their rate depends on a curvature that takes the weights to measure."""
+    if config.lr == "auto":
+        return ("lr auto: about 200 forward passes before the first step measure the curvature that tells the rate",)
+    if config.optimizer.type == "mezo" and config.optimizer.objective == "loss":
+        return (
+            f"lr {config.learning_rate:g} is checked against the loss's curvature before the first step, if training "
+            "is long enough for that; --lr auto takes it from there",
         )
-    return (*exposure_of(config).lines(), *traffic)
+    return ()
 
 
 def _mb(count: int) -> str:

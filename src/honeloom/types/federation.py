@@ -37,6 +37,10 @@ class LocalJob:
         Added to every gradient, by module (SCAFFOLD's c - c_i).
     order : str
         Names the order in which rows are gone through, with `seed`.
+    directions : tuple of tuple of int
+        Seeds of every zeroth-order step; none for steps by gradients.
+    moved : (tuple of int, tuple of float)
+        Without adapters: seeds along which the base's weights are to be moved first, and by how much.
     """
 
     client: str
@@ -48,18 +52,22 @@ class LocalJob:
     seed: int
     order: str
     correction: Pairs = field(default_factory=dict)
+    directions: tuple[tuple[int, ...], ...] = ()
+    moved: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalResult:
     """The adapter after the steps, and losses in nats per token before and after on some of the client's rows.
 
-    `scalars` are those of zeroth-order steps, by step and direction.
+    `scalars` are those of zeroth-order steps, by step and direction; `digest` is, without adapters, that of the
+    weights it began with.
     """
 
     factors: Pairs
     metrics: Mapping[str, float]
     scalars: tuple[tuple[float, ...], ...] = ()
+    digest: str = ""
 
 
 class LocalPort(Protocol):

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from honeloom.errors import ConfigError, HoneloomError
 from honeloom.federated.experiment import Experiment
 from honeloom.federated.rounds import Silence
-from honeloom.federated.server import ServerState
+from honeloom.federated.state import ServerState
 from honeloom.types.views import plain
 
 __all__ = ["FlowerEngine", "pack", "public_key_hex", "told_in", "unpack"]

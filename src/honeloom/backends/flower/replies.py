@@ -13,7 +13,8 @@ from honeloom.backends.flower.records import begin, read_factors, shapes_of
 from honeloom.errors import MessageError, MissingExtraError
 from honeloom.federated.frozen import Pair, Pairs
 from honeloom.federated.messages import MOST_ROWS
-from honeloom.federated.server import ClientRecord, kept_part, outliers
+from honeloom.federated.shares import kept_part, outliers
+from honeloom.federated.state import ClientRecord
 from honeloom.ops.lowrank import product_norm, stack_factors
 from honeloom.types.updates import Part
 

@@ -35,7 +35,7 @@ from honeloom.federated.config import AggregationRule
 from honeloom.federated.continuation import Continuation, continuation_of
 from honeloom.federated.federate_config import EQUAL_RANKS
 from honeloom.federated.frozen import Pair, Pairs, folded, stacked
-from honeloom.federated.server import ClientRecord, RoundRecord
+from honeloom.federated.state import ClientRecord, RoundRecord
 from honeloom.registry import family
 from honeloom.types.updates import Combined
 

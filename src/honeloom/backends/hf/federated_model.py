@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,13 @@ from peft.tuners.lora import LoraLayer
 from pydantic import TypeAdapter
 
 from honeloom.backends.devices import one_thread
-from honeloom.backends.hf.chat import Encoded, Encoder
-from honeloom.backends.hf.local_steps import build_optimizer, collator, local_steps
-from honeloom.backends.hf.score import Scorer
+from honeloom.backends.hf.chat import Encoder
+from honeloom.backends.hf.client_rows import ClientRows
+from honeloom.backends.hf.federated_steps import Scalars, zeroth_order_steps
+from honeloom.backends.hf.local_steps import build_optimizer, local_steps
 from honeloom.backends.hf.tune import lora_arguments
-from honeloom.backends.hf.utility import trainable
-from honeloom.backends.hf.zeroth_order import objective_of
-from honeloom.errors import ConfigError, RowsError
-from honeloom.ops.noise import keyed_uniform, permutation
+from honeloom.errors import ConfigError
 from honeloom.tuning.config import MezoConfig, TuneOptimizer
-from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
 from honeloom.types.federation import LocalJob, LocalResult, Pairs
 from honeloom.types.rows import Row
 
@@ -28,8 +25,6 @@ __all__ = ["FederatedModel"]
 
 PREFIX = "base_model.model."
 FROZEN = "frozen"
-MEASURED = 16
-"""Rows of a client on which its loss is measured before and after."""
 
 
 class FederatedModel:
@@ -56,13 +51,10 @@ class FederatedModel:
         self, model: Any, encoder: Encoder, rows: Mapping[str, Sequence[Row]], *, targets: str | Sequence[str],
         batch_size: int,
     ) -> None:  # fmt: skip
-        self.encoder = encoder
-        self.batch_size = batch_size
         self.targets = targets
-        self._rows: dict[str, list[Encoded]] = {}
-        self._measured: dict[str, list[Row]] = {}
+        self.held = ClientRows(encoder, batch_size)
         for name, mine in rows.items():
-            self.admit(name, mine)
+            self.held.admit(name, mine)
         self._frozen_rank = 0
         try:
             self.model = get_peft_model(model, self._config(1), adapter_name="r1").eval()
@@ -83,36 +75,28 @@ class FederatedModel:
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
     def admit(self, client: str, rows: Sequence[Row]) -> None:
-        """Take in a client's rows.
-
-        Raises
-        ------
-        RowsError
-            None of them has a trainable token.
-        """
-        self._rows[client] = _encoded(self.encoder, rows, client)
-        self._measured[client] = _sample(rows)
+        """Take in a client's rows."""
+        self.held.admit(client, rows)
 
     def clients(self) -> list[str]:
         """Whose rows are here."""
-        return list(self._rows)
+        return self.held.clients()
 
     def rows(self, client: str) -> int:
         """How many rows of a client can be trained on."""
-        return len(self._rows[client])
+        return len(self.held.of(client))
 
     def train(self, job: LocalJob) -> LocalResult:
         """Train an adapter for some steps; the base is as before afterwards."""
         with one_thread(self.model.device):
             adapter = self._prepare(job)
-            before = self._loss(job.client)
-            scalars = self._steps(job, adapter)
-            after = self._loss(job.client)
+            with self.held.told(self.model, job) as metrics:
+                scalars, metrics["loss_train"] = self._steps(job, adapter)
             found = {
                 name: (_copy(layer.lora_B[adapter].weight), _copy(layer.lora_A[adapter].weight))
                 for name, layer in self._layers.items()
             }
-        return LocalResult(found, {"loss_before": before, "loss_after": after}, scalars)
+        return LocalResult(found, metrics, scalars)
 
     def hold(self, update: Pairs) -> Any:
         """The model with an update, of scale 1, and nothing else; the next job changes it."""
@@ -169,50 +153,28 @@ class FederatedModel:
             weight.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
         layer.scaling[adapter] = scale
 
-    def _steps(self, job: LocalJob, adapter: str) -> tuple[tuple[float, ...], ...]:
-        """Take the steps; the scalars of zeroth-order ones."""
+    def _steps(self, job: LocalJob, adapter: str) -> tuple[Scalars, float]:
+        """Take the steps; the scalars of zeroth-order ones, and the mean loss of all."""
         settings = job.settings
         optimizer_settings: Any = TypeAdapter(TuneOptimizer).validate_python(settings["optimizer"])
         if isinstance(optimizer_settings, MezoConfig):
-            return self._zeroth_order_steps(job, adapter, optimizer_settings)
+            params = self._perturbed(adapter, optimizer_settings)
+            return zeroth_order_steps(self.model, self.held, job, params, optimizer_settings, exact=True)
         optimizer = build_optimizer(self.model, optimizer_settings, settings["lr"])
-        local_steps(
-            self.model, self._batches(job), optimizer, max_grad_norm=settings["max_grad_norm"],
+        losses = local_steps(
+            self.model, self.held.batches(job), optimizer, max_grad_norm=settings["max_grad_norm"],
             adjust=self._adjustment(job, adapter),
         )  # fmt: skip
-        return ()
+        return (), sum(losses) / len(losses)
 
-    def _zeroth_order_steps(
-        self, job: LocalJob, adapter: str, mezo: MezoConfig
-    ) -> tuple[tuple[float, ...], ...]:  # fmt: skip
-        """Steps by forward passes; seeds follow from the job, so that nobody needs to send them."""
-        params = {}
+    def _perturbed(self, adapter: str, mezo: MezoConfig) -> dict[str, torch.Tensor]:
+        """Tensors that directions are about, by the names that their numbers are drawn under."""
+        found = {}
         for name, layer in self._layers.items():
             for factor, part in (("b", layer.lora_B), ("a", layer.lora_A)):
                 if part[adapter].weight.requires_grad and (mezo.perturb == "all" or factor == "b"):
-                    params[f"{name}|{factor}"] = part[adapter].weight.data
-        stepper = ZerothOrder(
-            params, mu=mezo.mu, kind=mezo.direction, cache=mezo.setting == "speed", clip=mezo.clip
-        )  # fmt: skip
-        collate, scalars = collator(False, self._rows[job.client]), []
-        for step, passes in enumerate(self._batches(job)):
-            inputs = [{k: t.to(self.model.device) for k, t in collate(rows).items()} for rows in passes]
-            targets = sum(sum(e.scored[1:]) for rows in passes for e in rows)
-            seeds = step_seeds(job.seed, job.order, step, mezo.directions)
-            objective = objective_of(self.model, inputs, targets, mezo.objective)
-            scalars.append(tuple(probe.scalar for probe in stepper.step(objective, seeds, job.settings["lr"])))
-        return tuple(scalars)
-
-    def _batches(self, job: LocalJob) -> Iterator[list[list[Encoded]]]:
-        """A pass over the rows in a drawn order, and further ones, until there are steps enough."""
-        mine = self._rows[job.client]
-        size, wanted = int(job.settings["batch_size"]), int(job.settings["steps"]) * int(job.settings["batch_size"])
-        order: list[int] = []
-        while len(order) < wanted:
-            name = f"federated/order/{job.order}/{len(order) // len(mine)}"
-            order += permutation(job.seed, name, len(mine)).tolist()
-        for start in range(0, wanted, size):
-            yield [[mine[i] for i in order[start : start + size]]]
+                    found[f"{name}|{factor}"] = part[adapter].weight.data
+        return found
 
     def _adjustment(self, job: LocalJob, adapter: str) -> Callable[[], None] | None:
         """FedProx's pull to the start and SCAFFOLD's correction, as changes of the gradients."""
@@ -238,25 +200,6 @@ class FederatedModel:
 
         return adjust
 
-    def _loss(self, client: str) -> float:
-        """Nats per token on some of the client's rows."""
-        scorer = Scorer(self.model, self.encoder, self.batch_size)
-        losses = [loss for _, loss in scorer.losses(self._measured[client])]
-        return sum(x.loss_sum for x in losses) / max(1, sum(x.tokens for x in losses))
-
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().cpu().clone()
-
-
-def _encoded(encoder: Encoder, rows: Sequence[Row], client: str) -> list[Encoded]:
-    found = [e for row in rows if (e := trainable(encoder, row)) is not None]
-    if not found:
-        raise RowsError(f"client {client!r}: none of its {len(rows)} rows has a trainable token; give others")
-    return found
-
-
-def _sample(rows: Sequence[Row]) -> list[Row]:
-    """The same few rows in every round."""
-    draws = keyed_uniform(0, "federated/measured", [row.id for row in rows])
-    return [rows[i] for i in draws.argsort(kind="stable")[:MEASURED]]

@@ -10,11 +10,19 @@ from honeloom.reporting.panels.band_curve import band_curve_panel
 from honeloom.reporting.panels.cluster_values import cluster_values_panel
 from honeloom.reporting.panels.comparison import comparison_panel
 from honeloom.reporting.panels.confusion import labels_panel, probe_panel
+from honeloom.reporting.panels.curvature import curvature_panel, distances_panel
 from honeloom.reporting.panels.depth_sweep import depth_sweep_panel
 from honeloom.reporting.panels.domain_maps import domain_map_panel, entropy_map_panel
 from honeloom.reporting.panels.domain_mix import domain_mix_panel
 from honeloom.reporting.panels.entropy import entropy_panel
 from honeloom.reporting.panels.federation import exposure_panel, rounds_panel, traffic_panel
+from honeloom.reporting.panels.federation_cost import (
+    client_rates_panel,
+    instead_panel,
+    loss_by_bytes_panel,
+    loss_by_round_panel,
+    memory_panel,
+)
 from honeloom.reporting.panels.federation_updates import (
     client_losses_panel,
     exactness_panel,
@@ -40,12 +48,12 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
         band_curve_panel, domain_map_panel, entropy_map_panel, entropy_panel, probe_panel, depth_sweep_panel,
         labels_panel, domain_mix_panel, scores_panel, kept_panel, pool_rows_panel, kept_rows_panel,
     ),
-    "tune": (loss_curve_panel,),
+    "tune": (loss_curve_panel, curvature_panel, distances_panel),
     "merge": (),
     "drop": (importance_panel,),
     "federate": (
-        rounds_panel, client_losses_panel, update_norms_panel, traffic_panel, exactness_panel, module_errors_panel,
-        exposure_panel,
+        loss_by_round_panel, rounds_panel, client_losses_panel, client_rates_panel, loss_by_bytes_panel, traffic_panel,
+        instead_panel, memory_panel, update_norms_panel, exactness_panel, module_errors_panel, exposure_panel,
     ),
     "evaluate": (comparison_panel, metrics_panel),
 }  # fmt: skip

@@ -119,13 +119,20 @@ def exposure_panel(folder: Path, report: Report) -> Panel | None:
     privacy = report.details.get("privacy")
     if not privacy:
         return None
+    epsilon, dp = report.details.get("epsilon"), privacy.get("dp") or {}
+    sums = "Secure aggregation." if privacy.get("secagg") else "No secure aggregation."
+    noise = "No noise: no epsilon can be told."
+    if epsilon is not None:
+        noise = (
+            f"Each row of a client: epsilon {number(epsilon)} at delta {number(dp['delta'])}, of noise "
+            f"{number(dp['noise'])} times a row's largest scalar, {number(dp['clip'])}."
+        )
     who = (("the server", "server"), ("other clients", "clients"), ("neither of them", "hidden"))
     return Panel(
         title="Who sees what of a client",
         columns=("who", "sees"),
         rows=[(name, privacy[key]) for name, key in who],
-        note=f"Mode {clip(privacy['mode'])}, engine {clip(report.details['engine'])}. No secure aggregation, no noise: "
-        "no epsilon can be told.",
+        note=f"Mode {clip(privacy['mode'])}, engine {clip(report.details['engine'])}. {sums} {noise}",
     )
 
 

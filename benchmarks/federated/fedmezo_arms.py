@@ -1,0 +1,98 @@
+"""What the benchmark of zeroth-order clients compares: arms, how long each runs, and at which rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmezo_runs import Options, World, best_rate, run, world
+
+SEEDS = (0, 1, 2, 3, 4)
+TIMES = (10, 30, 100)
+"""Forward passes as multiples of first-order tuning's."""
+SIGNS = {"type": "mezo", "direction": "rademacher", "setting": "speed"}
+NORMAL = {"type": "mezo", "direction": "gaussian", "setting": "speed"}
+ADAMW, SGD = {"type": "adamw"}, {"type": "sgd"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """First-order rounds and steps of a client in each, and a client's zeroth-order steps in a round."""
+
+    rounds: int
+    steps: int
+    local: int
+
+    def marks(self, times: Sequence[int]) -> tuple[int, ...]:
+        """Rounds after which two-point steps have taken so many times the forward passes."""
+        return tuple(max(1, round(t * self.rounds * self.steps / 2 / self.local)) for t in times)
+
+
+BUDGETS = {"stories260k": Budget(3, 10, 30), "base6m": Budget(2, 4, 20)}
+LOCAL: dict[str, Any] = {
+    "stories260k": {"batch_size": 2, "max_length": 128, "ranks": 8},
+    "base6m": {"batch_size": 2, "max_length": 64, "ranks": 8},
+}
+ARMS: dict[str, tuple[Options, tuple[float, ...]]] = {
+    "B alone, signs": ({"aggregation": "ffa", "uplink": "scalars", "optimizer": SIGNS}, (6e-4, 1.2e-3)),
+    "B alone, signs, 4 directions": (
+        {"aggregation": "ffa", "uplink": "scalars", "optimizer": {**SIGNS, "directions": 4}}, (1.2e-3, 2.4e-3),
+    ),
+    "A and B, normal (as published)": ({"aggregation": "fedit", "optimizer": NORMAL}, (3e-4, 6e-4)),
+    "A and B rebuilt by the server, svd": (
+        {"aggregation": "svd", "uplink": "scalars", "optimizer": SIGNS}, (3e-4, 6e-4),
+    ),
+    "all weights, pool of 1024": ({"uplink": "seed-pool", "method": "full", "optimizer": SIGNS}, (4e-5, 8e-5)),
+}  # fmt: skip
+SHOWN = {
+    "stories260k": tuple(ARMS),
+    "base6m": ("B alone, signs", "A and B, normal (as published)", "all weights, pool of 1024"),
+}
+"""Arms by model; a run on base6m takes minutes."""
+FIRST: Options = {"aggregation": "fedit", "optimizer": ADAMW}
+CLIPPED = 1e9
+"""No gradient is scaled down: plain SGD is the published comparison."""
+
+
+def worlds(data: Path, out: Path) -> dict[str, World]:
+    """Both models."""
+    return {name: world(name, data, out / name, **LOCAL[name]) for name in LOCAL}
+
+
+def options_of(name: str, arm: str) -> Options:
+    """Settings of an arm on a model, with as many steps as its directions leave."""
+    given, budget = dict(ARMS[arm][0]), BUDGETS[name]
+    steps = budget.local // int(given["optimizer"].get("directions", 1))
+    if given.get("method") == "full":
+        given["ranks"] = 8  # the default: there are no adapters
+    return {**given, "local_steps": max(1, steps)}
+
+
+def first_order(at: World) -> dict[str, Any]:
+    """AdamW at its best rate, on every seed."""
+    budget = BUDGETS[at.name]
+    options = {**FIRST, "local_steps": budget.steps}
+    rates = best_rate(at, options, (2e-3, 4e-3), budget.rounds)
+    runs = [run(at, options, rates[0][0], seed, (0, budget.rounds), at.test) for seed in SEEDS]
+    return {"rates": rates, "runs": runs, "mark": budget.rounds}
+
+
+def zeroth_order(at: World, arm: str, times: Sequence[int]) -> dict[str, Any]:
+    """An arm at its best rate, on every seed, with losses at every multiple of forward passes."""
+    options, marks = options_of(at.name, arm), BUDGETS[at.name].marks(times)
+    choice = marks[min(1, len(marks) - 1)]
+    rates = best_rate(at, options, ARMS[arm][1], choice)
+    runs = [run(at, options, rates[0][0], seed, (0, *marks), at.test) for seed in SEEDS]
+    return {"rates": rates, "runs": runs, "marks": marks, "choice": choice, "options": options}
+
+
+def sgd(at: World, lr: float | None, times: Sequence[int]) -> dict[str, Any]:
+    """The paper's comparison: FedAvg of adapters with plain SGD, as many steps, at a zeroth-order rate or its best."""
+    budget = BUDGETS[at.name]
+    options = {**FIRST, "optimizer": SGD, "local_steps": budget.local, "max_grad_norm": CLIPPED}
+    marks = budget.marks(times)
+    rates = best_rate(at, options, (1e-2, 4e-2), marks[-1]) if lr is None else [(lr, float("nan"))]
+    runs = [run(at, options, rates[0][0], seed, (0, *marks), at.test) for seed in SEEDS]
+    return {"rates": rates, "runs": runs, "marks": marks}
