@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmezo_runs import Options, World, best_rate, run, world
+from fedmezo_runs import CLIENTS, Options, World, best_rate, run, world
 
 SEEDS = (0, 1, 2, 3, 4)
 TIMES = (10, 30, 100)
@@ -96,3 +96,74 @@ def sgd(at: World, lr: float | None, times: Sequence[int]) -> dict[str, Any]:
     rates = best_rate(at, options, (1e-2, 4e-2), marks[-1]) if lr is None else [(lr, float("nan"))]
     runs = [run(at, options, rates[0][0], seed, (0, *marks), at.test) for seed in SEEDS]
     return {"rates": rates, "runs": runs, "marks": marks}
+
+
+# rates of single clients, and what else decides how fast it goes
+
+STEADY: Options = {"aggregation": "ffa", "uplink": "scalars", "optimizer": SIGNS, "local_steps": 10}
+ROUNDS, SHORT = 16, 10
+RATES: dict[str, Options] = {
+    "one rate for all": {},
+    "difference (the paper's best)": {"rates": {"statistic": "difference"}},
+    "difference, robust": {"rates": {"statistic": "difference", "robust": True}},
+    "losses of five rounds": {"rates": {"statistic": "five_rounds"}},
+    "random (control)": {"rates": {"statistic": "random"}},
+}
+IID = {"partition": {"type": "iid", "n": CLIENTS}}
+SWEEPS: dict[str, dict[str, Options]] = {
+    "clients N (rows split alike)": {str(n): {"partition": {"type": "iid", "n": n}} for n in (2, 4, 8, 16)},
+    "local steps H": {str(h): {"local_steps": h} for h in (5, 10, 30)},
+    "mu": {f"{mu:g}": {"optimizer": {**SIGNS, "mu": mu}} for mu in (2e-4, 1e-3, 5e-3)},
+    "LoRA rank": {str(r): {"ranks": r} for r in (2, 8, 32)},
+    "rows of the clients": {
+        "alike": IID, "Dirichlet 0.5": {"partition": {"type": "dirichlet", "n": CLIENTS}},
+        "one domain or some each": {},
+    },
+}  # fmt: skip
+
+
+def personal(at: World, lr: float) -> dict[str, list[dict[str, Any]]]:
+    """Runs by kind of rate, on every seed, at one base rate."""
+    return {
+        name: [run(at, {**STEADY, **more}, lr, seed, (0, ROUNDS), at.test) for seed in SEEDS]
+        for name, more in RATES.items()
+    }
+
+
+def swept(at: World, lr: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Runs by what is varied, on two seeds, at one rate."""
+    return {
+        title: {
+            value: [run(at, {**STEADY, **more}, lr, seed, (0, SHORT), at.test) for seed in SEEDS[:2]]
+            for value, more in values.items()
+        }
+        for title, values in SWEEPS.items()
+    }
+
+
+MESSAGES: dict[str, Options] = {
+    "fedit, AdamW": {**FIRST, "local_steps": 1},
+    "zero_pad, AdamW": {**FIRST, "aggregation": "zero_pad", "local_steps": 1},
+    "ffa, AdamW": {**FIRST, "aggregation": "ffa", "local_steps": 1},
+    "svd, AdamW": {**FIRST, "aggregation": "svd", "local_steps": 1},
+    "flora, AdamW": {**FIRST, "aggregation": "flora", "local_steps": 1},
+    "fedit, mezo, tensors (as published)": {"aggregation": "fedit", "optimizer": SIGNS, "local_steps": 30},
+    "ffa, mezo, scalars": {**STEADY, "local_steps": 30},
+    "svd, mezo, scalars": {**STEADY, "aggregation": "svd", "local_steps": 30},
+    "ffa, mezo, pool of 1024": {"uplink": "seed-pool", "optimizer": SIGNS, "local_steps": 30},
+    "ffa, mezo, pool of 1024, secure": {
+        "uplink": "seed-pool", "optimizer": SIGNS, "local_steps": 30, "privacy": {"secagg": True},
+    },
+    "all weights, mezo, pool of 1024": {
+        "uplink": "seed-pool", "method": "full", "optimizer": SIGNS, "local_steps": 30,
+    },
+}  # fmt: skip
+
+
+def messages(at: World) -> dict[str, dict[str, Any]]:
+    """Bytes of a client in the second round, in which all that goes on from the first is there."""
+    found = {}
+    for name, options in MESSAGES.items():
+        done = run(at, options, 1e-6, 0, (2,), at.choice)
+        found[name] = done["rounds"][-1]
+    return found

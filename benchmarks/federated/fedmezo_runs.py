@@ -30,7 +30,8 @@ from honeloom.data.reader import read_file
 from honeloom.data.sources import resolve_sources
 from honeloom.federated.client import ClientCore
 from honeloom.federated.experiment import client_settings
-from honeloom.federated.federate_config import FederateConfig, PartitionConfig
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.federate_parts import PartitionConfig
 from honeloom.federated.partition import partition
 from honeloom.federated.rounds import InlineEngine, run_rounds
 from honeloom.federated.server import ServerCore

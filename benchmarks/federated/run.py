@@ -1,4 +1,5 @@
-"""Every benchmark on federation, one after the other: large layers, what a round costs, rounds on rows.
+"""Every benchmark on federation, one after the other: large layers, what a round costs, rounds on rows, zeroth-order
+clients.
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/federated/run.py
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     failed = 0
-    for name in ("aggregation", "overhead", "rounds"):
+    for name in ("aggregation", "overhead", "rounds", "fedmezo"):
         try:
             runpy.run_path(str(Path(__file__).with_name(f"{name}.py")), run_name="__main__")
         except SystemExit as end:

@@ -24,6 +24,7 @@ import numba
 import numpy
 import torch
 import transformers
+from theory import SEEDS, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "memory"))
 from measure import write_model  # the memory benchmark's own
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=HERE.parents[2] / "shared" / "data")
     parser.add_argument("--only", choices=("memory", "speed"))
     arguments = parser.parse_args()
+    if arguments.only is None:
+        (HERE / "THEORY.md").write_text(report(SEEDS), encoding="utf-8")
     path = HERE / "out" / "figures.json"
     path.parent.mkdir(exist_ok=True)
     figures = json.loads(path.read_text()) if arguments.only else {}

@@ -13,7 +13,8 @@ from honeloom.config.base import validate
 from honeloom.errors import ConfigError, HoneloomError, MessageError, RowsError
 from honeloom.federated import METHODS
 from honeloom.federated.client import ClientCore, ClientMemory, fresh_factors, split_shared
-from honeloom.federated.federate_config import FederateConfig, PartitionConfig
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.federate_parts import PartitionConfig
 from honeloom.federated.frozen import FrozenAdditions, folded, stacked
 from honeloom.federated.messages import (
     Manifest,

@@ -11,13 +11,14 @@ import torch
 
 import honeloom
 from honeloom.config.base import validate
-from honeloom.errors import ConfigError
+from honeloom.errors import ConfigError, HoneloomError
 from honeloom.federated.client import ClientCore, fresh_factors
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.messages import TrainReply, decode_task, digest_of, encode
 from honeloom.federated.rounds import InlineEngine, Silence, run_rounds
 from honeloom.federated.scalars import SeedPool, moved_along
 from honeloom.federated.server import ServerCore
+from honeloom.federated.settling import read_measured, settle
 from honeloom.federated.store import RoundStore
 from honeloom.tuning.config import MezoConfig
 from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
@@ -336,6 +337,73 @@ def test_the_mode_of_a_pool_means_its_uplink():
     given = {"model": "m", "rows": "x", "partition": {"type": "iid", "n": 3}, "optimizer": "mezo"}
     config = validate(FederateConfig, {**given, "privacy": {"mode": "seed-pool"}}, what="test")
     assert config.uplink == "seed-pool" and config.aggregation.type == "ffa"
+
+
+# rates that clients measure
+
+
+class Measuring(Hill):
+    """Tells a rate by client."""
+
+    rates = {"client-0": 1e-4, "client-1": 4e-4, "client-2": 9.0}
+
+    def measure(self, job):
+        assert job.settings["horizon"] == 24 and job.start and not job.frozen
+        rate = self.rates[job.client]
+        return {"trace": 1 / rate, "largest": 0.1 / rate, "signal": 0.5, "bound": 2 * rate, "rate": rate, "mu": 3e-3}
+
+
+def measuring(tmp_path, config, **rates):
+    port = type("P", (Measuring,), {"rates": {**Measuring.rates, **rates}})(world(config)[0].targets)
+    engine = InlineEngine({name: ClientCore(name, port) for name in port.targets})
+    return settle(config, "test", engine, tmp_path), port
+
+
+def test_the_median_of_what_clients_measure_is_the_rate_of_all(tmp_path):
+    config = settings(lr="auto", mezo={"mu": "auto"})
+    found, _ = measuring(tmp_path, config)
+    assert found.lr == 4e-4 and found.optimizer.mu == 3e-3 and not found.measures
+    assert read_measured(tmp_path)["clients"]["client-2"]["rate"] == 9.0
+    again, _ = measuring(tmp_path, config, **{"client-1": 5e-4})  # an attempt that goes on does not measure again
+    assert again.lr == 4e-4
+    assert settle(settings(), "test", None, tmp_path) == settings()
+
+
+def test_a_client_that_cannot_measure_costs_itself_alone_and_too_few_end_it(tmp_path):
+    found, _ = measuring(tmp_path, settings(lr="auto"), **{"client-1": -1.0})
+    assert found.lr == 1e-4 and set(read_measured(tmp_path)["clients"]) == {"client-0", "client-2"}
+    (tmp_path / "few").mkdir()
+    with pytest.raises(HoneloomError, match=r"lr auto: 1 of 3 clients measured .*client-1: reply"):
+        measuring(tmp_path / "few", settings(lr="auto"), **{"client-1": -1.0, "client-2": math.inf})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_measured_rate_through_the_door(tmp_path, method):
+    how = {"rows": "lab:dev", "partition": {"type": "iid", "n": 2}, "rounds": 2, "local_steps": 10, "batch_size": 4,
+           "max_length": 48, "uplink": "seed-pool", "pool_size": 64, "method": method, "dtype": "fp32", "lr": "auto",
+           "optimizer": {"type": "mezo", "direction": "rademacher"}}  # fmt: skip
+    report = honeloom.federate("lab:base", output_dir=tmp_path / "out", **how)
+    told = report.details["measured"]
+    assert report.details["clients"][0]["lr"] == [told["rate"]] * 2 and len(told["clients"]) == 2
+    assert 0 < told["rate"] < told["bound"] and told["rate"] == min(c["rate"] for c in told["clients"].values())
+    assert json.loads((tmp_path / "out" / "curvature.json").read_text()) == told
+    again = honeloom.federate("lab:base", output_dir=tmp_path / "again", **how)
+    assert again.details["global_sha256"] == report.details["global_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"lr": "auto", "optimizer": "adamw", "uplink": "tensors"}, "use optimizer mezo, or give lr as a number"),
+        ({"lr": "auto", "mezo": {"objective": "accuracy"}}, "steps on the loss"),
+        ({"lr": "auto", "privacy": {"dp": {"clip": 1.0, "noise": 1.0}}}, "give lr and mu as numbers"),
+        ({"lr": "atuo"}, "did you mean 'auto'"),
+        ({"lr": -1.0}, "must be over 0, or auto"),
+    ],
+)
+def test_rates_that_cannot_be_measured_are_refused(changes, what):
+    with pytest.raises(ConfigError, match=what):
+        settings(**changes)
 
 
 # secure sums

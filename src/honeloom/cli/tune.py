@@ -21,7 +21,8 @@ Optimizer = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option("--epochs", metavar="E", help="Passes over the rows.  [default: 1]")]
 Rate = Annotated[
-    float | None, typer.Option("--lr", metavar="X", help="Learning rate.  [default: 2e-4 lora, 2e-5 full]")
+    str | None,
+    typer.Option("--lr", metavar="X|auto", help="Learning rate; with mezo also auto.  [default: 2e-4 lora, 2e-5 full]"),
 ]
 Accumulate = Annotated[
     int | None, typer.Option("--accumulate", metavar="N", help="Forward passes per optimizer step.  [default: 1]")

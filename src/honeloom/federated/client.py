@@ -63,6 +63,8 @@ class ClientCore:
         """Train as the task says; what goes wrong is told in the reply, for the others go on without this client."""
         try:
             self._check(task)
+            if task.phase == "curvature":
+                return self._measure(task)
             return self._words(task) if task.phase in WORDS else self._train(task)
         except HoneloomError as error:
             return TrainReply(
@@ -76,6 +78,18 @@ class ClientCore:
         self.memory.round = task.round
         rows = self.port.rows(self.name) if self.port is not None else 1
         return TrainReply(task.experiment, task.round, self.name, rows, self.memory.version, notes=said)
+
+    def _measure(self, task: TrainTask) -> TrainReply:
+        """Tell what this client's loss bears, where training begins."""
+        port, seed = self.port, int(task.settings["seed"])
+        assert port is not None  # whoever asks for it gives a model
+        start, _ = _start(self.memory, task, port.modules)
+        job = LocalJob(
+            self.name, start, task.alpha / task.rank, {}, task.trains, task.settings, seed, f"{self.name}/curvature"
+        )
+        return TrainReply(
+            task.experiment, task.round, self.name, port.rows(self.name), self.memory.version, port.measure(job)
+        )
 
     def _train(self, task: TrainTask) -> TrainReply:
         begun, port = time.monotonic(), self.port

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from honeloom.errors import RowsError
-from honeloom.federated.federate_config import PartitionConfig
+from honeloom.federated.federate_parts import PartitionConfig
 from honeloom.ops.noise import keyed_uniform
 from honeloom.types.ports import RowTable
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from honeloom.federated.federate_config import Statistic
+from honeloom.federated.federate_parts import Statistic
 from honeloom.ops.noise import keyed_uniform
 
 __all__ = ["RateMemory", "client_rates", "deviations", "drawn_deviations"]

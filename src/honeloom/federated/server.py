@@ -15,7 +15,8 @@ from honeloom.federated import scaffold
 from honeloom.federated.aggregation.exactness import error_norms
 from honeloom.federated.aggregation.warm import whole
 from honeloom.federated.beginnings import Beginnings
-from honeloom.federated.federate_config import ClientConfig, FederateConfig
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.federate_parts import ClientConfig
 from honeloom.federated.messages import Factors, Manifest, TrainReply, TrainTask, decode_reply, encode
 from honeloom.federated.rates import client_rates, drawn_deviations
 from honeloom.federated.server_optimizer import ServerOptimizer

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from honeloom.federated.federate_config import ServerConfig
+from honeloom.federated.federate_parts import ServerConfig
 from honeloom.ops.lowrank import compress, stack_factors
 
 __all__ = ["ServerOptimizer"]

@@ -15,6 +15,7 @@ from honeloom.errors import HoneloomError
 from honeloom.federated.experiment import Experiment
 from honeloom.federated.rounds import run_rounds
 from honeloom.federated.server import ServerCore
+from honeloom.federated.settling import settle
 from honeloom.federated.store import RoundStore
 from honeloom.runs.atomic import write_json
 from honeloom.runs.journal import Journal
@@ -37,11 +38,12 @@ def main(grid: Grid, context: Context) -> None:
         experiment = Experiment.read(home / EXPERIMENT)
         store = RoundStore(experiment.folder)
         with writer_lock(home), Journal(home / EVENTS, durable=False) as events, one_thread(torch.device("cpu")):
-            server = ServerCore(experiment.config, experiment.name, experiment.modules, store.load())
             engine = FlowerEngine(
                 grid, experiment, tell=lambda text: events.append({"text": text}),
                 wanted=lambda: is_held(home / LEADER),
             )  # fmt: skip
+            config = settle(experiment.config, experiment.name, engine, store.folder)
+            server = ServerCore(config, experiment.name, experiment.modules, store.load())
             run_rounds(server, engine, store)
     except Exception as error:
         message = str(error) if isinstance(error, HoneloomError) else f"{type(error).__name__}: {error}"

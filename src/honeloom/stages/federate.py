@@ -19,11 +19,13 @@ from honeloom.data.rowset import RowSet
 from honeloom.errors import CheckpointError, ConfigError, HoneloomError
 from honeloom.federated.client import ClientCore
 from honeloom.federated.experiment import Experiment, client_settings, experiment_name
-from honeloom.federated.federate_config import FederateConfig, SuperlinkConfig
+from honeloom.federated.federate_config import FederateConfig
+from honeloom.federated.federate_parts import SuperlinkConfig
 from honeloom.federated.partition import partition, partition_record
 from honeloom.federated.privacy import exposure_of
 from honeloom.federated.rounds import InlineEngine, run_rounds
 from honeloom.federated.server import ServerCore
+from honeloom.federated.settling import read_measured, settle
 from honeloom.federated.state import ServerState
 from honeloom.federated.store import ROUNDS, STATE, RoundStore
 from honeloom.planning.memory import peak_memory, read_decoder
@@ -68,7 +70,7 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     checks = result.verify(_probes(port.held.encoder, held)) + _exactness(config, records)
     outcome = Outcome(
         result.kind, ".", _metrics(records), tuple(checks),
-        {**_details(config, records), **_costs(work, port.modules, on_gpu=port.model.device.type == "cuda")},
+        {**_details(work, records), **_costs(work, port.modules, on_gpu=port.model.device.type == "cuda")},
         result.relation,
     )  # fmt: skip
     discard(work.dir / STATE)
@@ -176,9 +178,12 @@ def _experiment(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int
 def _run_inline(
     work: Work[FederateConfig], experiment: Experiment, port: FederatedModel | FederatedWeights, store: RoundStore
 ) -> None:  # fmt: skip
-    server = ServerCore(experiment.config, experiment.name, port.modules, store.load())
     engine = InlineEngine({name: ClientCore(name, port) for name in port.clients()})
     with one_thread(port.model.device):  # the server's sums are of the bits that travel
+        config = settle(experiment.config, experiment.name, engine, store.folder)
+        if config.measures is not experiment.config.measures:
+            work.log.say(f"federate: the clients' losses bear lr {config.lr:.3g} (auto)")
+        server = ServerCore(config, experiment.name, port.modules, store.load())
         run_rounds(server, engine, store, done=lambda r: _tell(work, r.to_json()))
 
 
@@ -332,8 +337,9 @@ def _costs(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]], *
     return {**found, "memory": {name: peak_memory(decoder, one).total for name, one in jobs.items()}}
 
 
-def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _details(work: Work[FederateConfig], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As the contract has it."""
+    config = work.config
     clients: list[dict[str, Any]] = []
     for member in config.members():
         mine = {r["round"]: c for r in records for c in r["clients"] if c["id"] == member.id}
@@ -367,6 +373,7 @@ def _details(config: FederateConfig, records: Sequence[Mapping[str, Any]]) -> di
         "start": config.starts,
         "method": config.method,
         "rates": config.rates.model_dump(mode="json"),
+        "measured": read_measured(work.dir) or None,
         "relative_error": max((r["error"] for r in records if r["applied"] and r["error"] is not None), default=None),
         "clients": clients,
     }

@@ -12,6 +12,7 @@ import torch
 from honeloom.backends.devices import DTYPES, choose_device, choose_dtype, free_memory, release_memory
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import largest_gap, packing_leak, row_logits
+from honeloom.backends.hf.curvature import settled
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
 from honeloom.backends.hf.local_steps import restore_trainable
 from honeloom.backends.hf.tune import Trained, add_lora, require_trackers, train, unfreeze
@@ -64,7 +65,9 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     work.log.say(f"tune: {config.method.type} on {len(encoded)} rows")
     autocast = None if compute is torch.float32 else compute
     folder = work.dir / "checkpoints"
+    curvature = None
     if config.optimizer.type == "mezo":
+        config, curvature = settled(model, encoded, config, folder, work.log, device=device, autocast=autocast)
         trained = train_zeroth_order(model, encoded, config, folder, work.log, device=device, autocast=autocast)
     else:
         name = published_name(work.dir)
@@ -86,7 +89,8 @@ def execute(work: Work[TuneConfig]) -> Outcome:
     release_memory()
     checks += _verify(work, logits, probes, turn_ends)
     discard(work.dir / "checkpoints")
-    return _outcome(config, trained, checks, trainable=trainable, rows=len(encoded))
+    outcome = _outcome(config, trained, checks, trainable=trainable, rows=len(encoded))
+    return replace(outcome, details={**outcome.details, "curvature": curvature}) if curvature else outcome
 
 
 def _outcome(config: TuneConfig, trained: Trained, checks: tuple[Check, ...], *, trainable: int, rows: int) -> Outcome:

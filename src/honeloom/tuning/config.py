@@ -8,8 +8,27 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from honeloom.config.base import Attention, Config, LoadIn, ModelInput, NoResultMark, RowsConfig, RowsInput
 from honeloom.config.methods import MethodConfig, default_type
+from honeloom.registry import suggest
 
-__all__ = ["AdamWConfig", "FullConfig", "LoraMethodConfig", "Optimizer", "SgdConfig", "TuneConfig", "TuneMethod"]
+__all__ = [
+    "AdamWConfig", "FullConfig", "LoraMethodConfig", "MezoConfig", "MezoTuningConfig", "Optimizer", "SgdConfig",
+    "TuneConfig", "TuneMethod",
+]  # fmt: skip
+
+
+def _number_or_auto(value: Any) -> Any:
+    """Say in one sentence what a union of a number and a word would say in two."""
+    if isinstance(value, str) and value != "auto":
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"must be a number over 0, or auto{suggest(value, ['auto'])}") from None
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError("must be over 0, or auto")
+    return value
+
+
+NumberOrAuto = Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 def _as_names(value: Any) -> Any:
@@ -63,7 +82,7 @@ class MezoConfig(Config):
     type: Literal["mezo"] = "mezo"
     mu: float = Field(1e-3, gt=0, description="Distance to both sides, in units of the weights.")
     direction: Literal["gaussian", "rademacher"] = Field(
-        "gaussian", description="Normal numbers, as published, or signs, which are drawn ten times faster."
+        "gaussian", description="Normal numbers, as published, or signs, which are drawn twice as fast."
     )
     directions: int = Field(1, ge=1, description="Per step; each costs two forward passes.")
     setting: Literal["memory", "speed"] = Field(
@@ -76,8 +95,20 @@ class MezoConfig(Config):
     )
 
 
+class MezoTuningConfig(MezoConfig):
+    """Zeroth-order steps on one machine, where the distance can also be measured before the first one."""
+
+    mu: NumberOrAuto = Field(  # type: ignore[assignment]  # a wider type; "auto" becomes a number before training
+        1e-3,
+        description="Distance to both sides, in units of the weights; auto: where projected gradients change least.",
+    )
+
+
 Optimizer = Annotated[AdamWConfig | SgdConfig, Field(discriminator="type"), default_type("adamw")]
 TuneOptimizer = Annotated[AdamWConfig | SgdConfig | MezoConfig, Field(discriminator="type"), default_type("adamw")]
+LocalOptimizer = Annotated[
+    AdamWConfig | SgdConfig | MezoTuningConfig, Field(discriminator="type"), default_type("adamw")
+]
 
 
 class TuneConfig(RowsConfig):
@@ -86,9 +117,11 @@ class TuneConfig(RowsConfig):
     model: ModelInput
     rows: RowsInput = Field(min_length=1)
     method: TuneMethod = Field(default_factory=LoraMethodConfig)
-    optimizer: TuneOptimizer = Field(default_factory=AdamWConfig)
-    lr: float | None = Field(
-        None, gt=0, description="Default 2e-4 for lora, 2e-5 for full; with mezo 1e-4 for lora, 1e-6 for full."
+    optimizer: LocalOptimizer = Field(default_factory=AdamWConfig)
+    lr: NumberOrAuto | None = Field(
+        None,
+        description="Default 2e-4 for lora, 2e-5 for full; with mezo 1e-4 for lora, 1e-6 for full. With mezo, auto: "
+        "from the loss's curvature and batch noise at the start, which forward passes measure.",
     )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps.")
@@ -128,6 +161,8 @@ class TuneConfig(RowsConfig):
             raise ValueError("packing leaves no padding, so group_by_length would change nothing; give one of them")
         if isinstance(self.optimizer, MezoConfig):
             self._check_mezo(self.optimizer)
+        elif self.lr == "auto":
+            raise ValueError("lr auto is for zeroth-order steps: add --optimizer mezo, or give lr as a number")
         return self
 
     def _check_mezo(self, mezo: MezoConfig) -> None:
@@ -142,10 +177,14 @@ class TuneConfig(RowsConfig):
             raise ValueError("report_to: trackers are told by the trainer, which mezo does not use; leave it out")
         if mezo.perturb == "b" and self.method.type != "lora":
             raise ValueError("optimizer.perturb b is about the factors of LoRA; use method lora")
+        if mezo.objective == "accuracy" and "auto" in (self.lr, mezo.mu):
+            raise ValueError("auto: a share of tokens has no curvature; give lr and mu, or use objective loss")
 
     @property
     def learning_rate(self) -> float:
-        """The rate in force."""
+        """The rate in force; `auto` has none before it is measured."""
+        if self.lr == "auto":
+            raise ValueError("lr auto is not measured yet")
         if self.lr is not None:
             return self.lr
         if self.optimizer.type == "mezo":

@@ -80,3 +80,10 @@ class LocalPort(Protocol):
 
     def train(self, job: LocalJob) -> LocalResult:
         """Train an adapter for some steps; the base is as before afterwards."""
+
+    def measure(self, job: LocalJob) -> Mapping[str, float]:
+        """What the loss of the client's rows bears where the job begins: see `honeloom.tuning.curvature`.
+
+        `trace`, `largest`, `signal`, `bound`, `rate` and `mu`; `horizon` in the job's settings is how many steps there
+        will be.
+        """

@@ -13,11 +13,11 @@ from pydantic import TypeAdapter
 from honeloom.backends.devices import one_thread
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.client_rows import ClientRows
-from honeloom.backends.hf.federated_steps import Scalars, zeroth_order_steps
+from honeloom.backends.hf.federated_steps import Scalars, measured, zeroth_order_steps
 from honeloom.backends.hf.local_steps import build_optimizer, local_steps
 from honeloom.backends.hf.tune import lora_arguments
 from honeloom.errors import ConfigError
-from honeloom.tuning.config import MezoConfig, TuneOptimizer
+from honeloom.tuning.config import MezoConfig, MezoTuningConfig, TuneOptimizer
 from honeloom.types.federation import LocalJob, LocalResult, Pairs
 from honeloom.types.rows import Row
 
@@ -97,6 +97,13 @@ class FederatedModel:
                 for name, layer in self._layers.items()
             }
         return LocalResult(found, metrics, scalars)
+
+    def measure(self, job: LocalJob) -> dict[str, float]:
+        """What the loss of the client's rows bears where the job begins."""
+        mezo = MezoTuningConfig(**job.settings["optimizer"])
+        with one_thread(self.model.device):
+            adapter = self._prepare(job)
+            return measured(self.model.eval(), self.held, job, self._perturbed(adapter, mezo), mezo)
 
     def hold(self, update: Pairs) -> Any:
         """The model with an update, of scale 1, and nothing else; the next job changes it."""

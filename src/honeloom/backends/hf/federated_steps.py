@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from honeloom.backends.hf.zeroth_order import objective_of
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.federated.dp import Draws, PrivateScalar, check_budget, poisson_rows, secret_generator
 from honeloom.tuning.config import MezoConfig
+from honeloom.tuning.curvature import BATCHES, estimate
 from honeloom.tuning.zeroth_order import ZerothOrder, step_seeds
 from honeloom.types.federation import LocalJob
 
-__all__ = ["Scalars", "zeroth_order_steps"]
+__all__ = ["Scalars", "measured", "zeroth_order_steps"]
 
 Scalars = tuple[tuple[float, ...], ...]
 """By step and direction."""
@@ -72,6 +74,32 @@ def zeroth_order_steps(
     if not losses:
         raise NotFiniteError(f"none of {len(scalars)} steps had a finite loss; lower lr or mu, or use --dtype fp32")
     return tuple(scalars), sum(losses) / len(losses)
+
+
+def measured(
+    model: Any, held: ClientRows, job: LocalJob, params: Mapping[str, torch.Tensor], mezo: MezoConfig
+) -> dict[str, float]:
+    """Curvature and batch noise of a client's loss, and what follows for its steps.
+
+    Raises
+    ------
+    ConfigError
+        The loss has no curvature.
+    NotFiniteError
+        It is not finite around the start.
+    """
+    count = max(2, min(BATCHES, len(held.of(job.client)) // int(job.settings["batch_size"])))
+    batches = replace(job, settings={**job.settings, "steps": count})
+    losses = list(_plain(model, held, batches, mezo))
+    found = estimate(losses, params, seed=job.seed)
+    try:
+        rate = found.rate(mezo.directions, float(job.settings["horizon"]))
+    except ValueError as error:
+        raise ConfigError(f"lr auto: {error}") from None
+    return {
+        "trace": found.trace, "largest": found.largest, "signal": found.signal, "mu": found.mu, "rate": rate,
+        "bound": found.bound(mezo.directions),
+    }  # fmt: skip
 
 
 def _plain(model: Any, held: ClientRows, job: LocalJob, mezo: MezoConfig) -> Iterator[Callable[[], Any]]:

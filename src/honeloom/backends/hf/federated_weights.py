@@ -11,9 +11,9 @@ import torch
 from honeloom.backends.devices import one_thread
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.client_rows import ClientRows
-from honeloom.backends.hf.federated_steps import zeroth_order_steps
+from honeloom.backends.hf.federated_steps import measured, zeroth_order_steps
 from honeloom.errors import ConfigError
-from honeloom.tuning.config import MezoConfig
+from honeloom.tuning.config import MezoConfig, MezoTuningConfig
 from honeloom.tuning.zeroth_order import Kind, accumulated
 from honeloom.types.federation import LocalJob, LocalResult
 from honeloom.types.rows import Row
@@ -75,6 +75,12 @@ class FederatedWeights:
                     self.model, self.held, job, self._params, mezo, exact=False
                 )
         return LocalResult({}, metrics, scalars, digest)
+
+    def measure(self, job: LocalJob) -> dict[str, float]:
+        """What the loss of the client's rows bears at the base."""
+        mezo = MezoTuningConfig(**job.settings["optimizer"])
+        with one_thread(self.model.device):
+            return measured(self.hold([], [], mezo.direction), self.held, job, self._params, mezo)
 
     @torch.no_grad()
     def hold(self, seeds: Sequence[int], sums: Sequence[float], kind: Kind) -> Any:

@@ -21,6 +21,7 @@ from honeloom.reporting.panels.federation_cost import (
     instead_panel,
     loss_by_bytes_panel,
     loss_by_round_panel,
+    measured_panel,
     memory_panel,
 )
 from honeloom.reporting.panels.federation_updates import (
@@ -53,7 +54,8 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     "drop": (importance_panel,),
     "federate": (
         loss_by_round_panel, rounds_panel, client_losses_panel, client_rates_panel, loss_by_bytes_panel, traffic_panel,
-        instead_panel, memory_panel, update_norms_panel, exactness_panel, module_errors_panel, exposure_panel,
+        instead_panel, memory_panel, measured_panel, update_norms_panel, exactness_panel, module_errors_panel,
+        exposure_panel,
     ),
     "evaluate": (comparison_panel, metrics_panel),
 }  # fmt: skip

@@ -15,7 +15,9 @@ from honeloom.types.report import Report
 
 __all__ = [
     "ROUNDS_FILE",
+    "UNITS",
     "Seen",
+    "byte_unit",
     "clients_of",
     "exposure_panel",
     "read_rounds",
@@ -189,6 +191,11 @@ def round_axis(first: int, last: int) -> dict[str, Any]:
     return {"range": [first - 0.6, last + 0.6], "zeroline": False, "showgrid": False, "tickformat": "d", **step}
 
 
+def byte_unit(most: float) -> str:
+    """The largest of UNITS that is not above a number of bytes."""
+    return next((u for u in reversed(UNITS) if most >= UNITS[u]), "bytes")
+
+
 def _ranks(seen: Seen) -> str:
     """`4`, or `4 to 8` where it changed."""
     ranks = sorted({c["rank"] for _, c in seen})
@@ -196,8 +203,7 @@ def _ranks(seen: Seen) -> str:
 
 
 def _bars(clients: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
-    most = max(max(both) for _, both in clients)
-    unit = next((u for u in reversed(UNITS) if most >= UNITS[u]), "bytes")
+    unit = byte_unit(max(max(both) for _, both in clients))
     traces = [
         {
             "type": "bar",

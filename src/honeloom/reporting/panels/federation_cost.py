@@ -11,7 +11,9 @@ from typing import Any
 from honeloom.reporting.panel import GREY, SERIES, Panel, by_name, figure, row_height
 from honeloom.reporting.panels.federation import (
     ROUNDS_FILE,
+    UNITS,
     Record,
+    byte_unit,
     clients_of,
     read_rounds,
     round_axis,
@@ -20,7 +22,14 @@ from honeloom.reporting.panels.federation import (
 from honeloom.reporting.text import NAME, clip, number, plural, size
 from honeloom.types.report import Report
 
-__all__ = ["client_rates_panel", "instead_panel", "loss_by_bytes_panel", "loss_by_round_panel", "memory_panel"]
+__all__ = [
+    "client_rates_panel",
+    "instead_panel",
+    "loss_by_bytes_panel",
+    "loss_by_round_panel",
+    "measured_panel",
+    "memory_panel",
+]
 
 LINES = 6
 """Clients up to which each has a line of its own."""
@@ -57,18 +66,19 @@ def loss_by_bytes_panel(folder: Path, report: Report) -> Panel | None:
     points = _losses(read_rounds(folder))
     if len(points) < 2:
         return None
-    sent = [p[3] / MIB for p in points]
+    unit = byte_unit(points[-1][3])
+    sent = [p[3] / UNITS[unit] for p in points]
     return Panel(
         title="Loss by bytes",
-        columns=("MiB so far", "loss", "round"),
-        rows=[(p[3] / MIB, p[1], p[0]["round"]) for p in points],
+        columns=("bytes so far", "loss", "round"),
+        rows=[(p[3], p[1], p[0]["round"]) for p in points],
         figure=figure(
-            [_line(sent, [p[1] for p in points], "loss", SERIES[0])], x="MiB up and down, all clients", y="nats/token",
-            height=300,
+            [_line(sent, [p[1] for p in points], "loss", SERIES[0])], x=f"{unit} up and down, all clients",
+            y="nats/token", height=300,
         ),
         note=f"Loss as a round began, over what all clients had sent and been sent before it, in all "
         f"{size(points[-1][3])}.",
-        alt=f"Line chart of the clients' loss over {number(sent[-1])} MiB, from {number(points[0][1])} to "
+        alt=f"Line chart of the clients' loss over {size(points[-1][3])}, from {number(points[0][1])} to "
         f"{number(points[-1][1])}",
         file=ROUNDS_FILE,
     )  # fmt: skip
@@ -130,6 +140,30 @@ def instead_panel(folder: Path, report: Report) -> Panel | None:
         f"median {number(times)} times as much",
         file=ROUNDS_FILE,
     )
+
+
+def measured_panel(folder: Path, report: Report) -> Panel | None:
+    """What each client's loss bore before the first round; None where nothing was measured."""
+    found = report.details.get("measured")
+    if not found:
+        return None
+    clients = found["clients"]
+    rates, bounds = ([one[key] for one in clients.values()] for key in ("rate", "bound"))
+    return Panel(
+        title="Learning rate, as the clients measured it",
+        columns=("client", "trace of the Hessian", "effective rank", "signal in a batch", "up from", "rate", "mu"),
+        rows=[
+            (name, c["trace"], c["trace"] / c["largest"] if c["largest"] > 0 else None, c["signal"], c["bound"],
+             c["rate"], c["mu"])
+            for name, c in clients.items()
+        ],
+        note="By forward passes on its own rows, before the first round. The median rate, "
+        f"{number(found['rate'])}, was offered to all; with the gradient of all its rows, steps of the client that "
+        f"bears least go up in the mean from {number(min(bounds))} on.",
+        alt=f"Table of what {plural(len(clients), 'client')} measured; rates from {number(min(rates))} to "
+        f"{number(max(rates))}",
+        file="curvature.json",
+    )  # fmt: skip
 
 
 def memory_panel(folder: Path, report: Report) -> Panel | None:
