@@ -16,7 +16,7 @@ from honeloom.errors import HoneloomError, MissingExtraError, UnknownNameError
 from honeloom.registry import FAMILIES, Method, Registry, family, load_target, suggest
 from honeloom.verbs import VERBS
 
-STEPPERS = ("optimizers",)
+STEPPERS = ("optimizers", "rates")
 """Kinds whose targets are classes that several settings and stages share."""
 ROWS = [
     (kind, row.name)
@@ -26,7 +26,7 @@ ROWS = [
 ]  # fmt: skip
 EXTRA = {("tuning", "lora"): {"seed"}}
 """Keywords that the stage passes beside the settings."""
-WITHOUT_VERB = {"valuation", "optimizers"}
+WITHOUT_VERB = {"valuation", *STEPPERS}
 """Kinds that no verb's `method` names; estimators are chosen by `honeloom.valuation.estimate`, steps by `optimizer`."""
 
 
@@ -163,7 +163,7 @@ def test_a_plug_in_may_not_shadow_a_built_in_and_what_is_no_method_is_named(entr
 
 
 def test_the_families_are_those_of_the_entry_point_groups():
-    kinds = ["selection", "valuation", "tuning", "optimizers", "aggregation", "merging", "dropping"]
+    kinds = ["selection", "valuation", "tuning", "optimizers", "rates", "aggregation", "merging", "dropping"]
     assert list(registry.FAMILIES) == list(FAMILIES) == kinds
 
 

@@ -280,7 +280,7 @@ Rounds are counted on the clients' own rows, as each round begins (means of thre
 
 ## What else decides how fast it goes
 
-As above, {short} rounds, two seeds; one thing is varied, the rest stays: 8 clients, 10 steps, mu 1e-3, rank 8, one
+As above, {short} rounds, one seed; one thing is varied, the rest stays: 8 clients, 10 steps, mu 1e-3, rank 8, one
 domain or some to each client. The last column is what the paper's theorem would have the squared gradient be beside
 the middle setting.
 

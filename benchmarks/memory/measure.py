@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from honeloom.backends.hf import tune as tuning
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.load import Loading, load_model
+from honeloom.backends.hf.objectives import objective_of
 from honeloom.backends.hf.score import Scorer, pad_batch
-from honeloom.backends.hf.zeroth_order import objective_of
 from honeloom.planning.memory import Work
 from honeloom.runs.log import Log, QuietConsole
 from honeloom.tuning.config import TuneConfig

@@ -28,7 +28,8 @@ from honeloom.backends.hf import tune as tuning
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.load import Loading, load_model
 from honeloom.backends.hf.local_steps import collator
-from honeloom.backends.hf.zeroth_order import objective_of, perturbed
+from honeloom.backends.hf.objectives import objective_of
+from honeloom.backends.hf.zeroth_order import perturbed, sides_of
 from honeloom.planning.memory import Work
 from honeloom.tuning.config import MezoConfig
 from honeloom.tuning.zeroth_order import ZerothOrder
@@ -72,12 +73,13 @@ def mezo(model: Any, rows: list[Encoded], size: int, job: dict[str, Any]) -> Non
     else:
         model = tuning.unfreeze(model)
     stepper = ZerothOrder(perturbed(model.eval(), MezoConfig()), exact=lora, cache=job["setting"] == "speed")
+    sides = sides_of(model, stepper.params) if lora and job["setting"] == "speed" else None
     autocast = torch.autocast("cpu", torch.bfloat16) if job["dtype"] == "bf16" else nullcontext()
     with autocast:
         for start in range(0, len(rows), size):
             batch = collator(False, rows)(rows[start : start + size])
             targets = size * (job["tokens"] - 1)
-            stepper.step(objective_of(model, [batch], targets, "loss"), [start], 1e-6)
+            stepper.step(objective_of(model, [batch], targets, "loss", sides=sides), [start], 1e-6)
 
 
 def main() -> None:

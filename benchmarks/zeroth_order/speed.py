@@ -24,7 +24,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from honeloom.backends.hf.zeroth_order import objective_of, perturbed
+from honeloom.backends.hf.objectives import objective_of
+from honeloom.backends.hf.zeroth_order import perturbed, sides_of
 from honeloom.ops import noise, noise_kernels
 from honeloom.tuning.config import MezoConfig
 from honeloom.tuning.zeroth_order import ZerothOrder, accumulated
@@ -92,10 +93,11 @@ def published(model: Any, batch: dict[str, torch.Tensor]) -> Step:
 def ours(model: Any, batch: dict[str, torch.Tensor], setting: str, kind: Any, exact: bool) -> Step:
     """The product's own step."""
     stepper = ZerothOrder(perturbed(model, MezoConfig()), mu=MU, kind=kind, exact=exact, cache=setting == "speed")
+    sides = sides_of(model, stepper.params) if exact and setting == "speed" else None
     targets = int((batch["labels"][:, 1:] != -100).sum())
 
     def step(seed: int) -> None:
-        stepper.step(objective_of(model, [batch], targets, "loss"), [seed], LR)
+        stepper.step(objective_of(model, [batch], targets, "loss", sides=sides), [seed], LR)
 
     return step
 

@@ -25,6 +25,7 @@ _VERB = {
     "valuation": "valuation.estimate",
     "tuning": "tune",
     "optimizers": "tune, federate",
+    "rates": "federate",
     "aggregation": "aggregate",
     "merging": "merge",
     "dropping": "drop",

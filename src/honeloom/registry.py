@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "valuation": "honeloom.valuation",
     "tuning": "honeloom.tuning",
     "optimizers": "honeloom.tuning.optimizers",
+    "rates": "honeloom.federated.rate_methods",
     "aggregation": "honeloom.federated",
     "merging": "honeloom.merging",
     "dropping": "honeloom.dropping",

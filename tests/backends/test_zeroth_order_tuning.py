@@ -8,10 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 import honeloom
-from honeloom.backends.hf import zeroth_order
+from honeloom.backends.hf import objectives, zeroth_order
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.local_steps import collator
-from honeloom.backends.hf.zeroth_order import objective_of, perturbed, train_zeroth_order
+from honeloom.backends.hf.objectives import objective_of
+from honeloom.backends.hf.zeroth_order import perturbed, train_zeroth_order
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.runs.journal import Journal
@@ -137,7 +138,7 @@ def encoded(lengths, prompt=3):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "lora"])
 def test_the_lean_loss_is_the_models_own(kind, chunk, packed, monkeypatch):
     model, rows = model_of(kind), encoded([30, 12, 20, 9, 7])
-    monkeypatch.setattr(zeroth_order, "CHUNK", chunk)
+    monkeypatch.setattr(objectives, "CHUNK", chunk)
     batches = [collator(packed, rows)(part) for part in (rows[:3], rows[3:])]
     targets = sum(sum(e.scored[1:]) for e in rows)
     with torch.no_grad():
@@ -244,3 +245,58 @@ def test_an_adapter_by_mezo_is_an_ordinary_one(tmp_path, tiny_model):
     loaded = PeftModel.from_pretrained(small(tiny_model), tmp_path / "out")
     assert loaded.peft_config["default"].r == 8
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_sides_of_adapters_take_one_forward_pass(packed):
+    model, rows = model_of("lora"), encoded([30, 12, 20])
+    batches, passes = [collator(packed, rows)(rows)], []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    targets, params = sum(sum(e.scored[1:]) for e in rows), perturbed(model, MezoConfig())
+    sides = {name: model.get_submodule(name.removesuffix(".weight")) for name in params}
+    before = {name: t.clone() for name, t in params.items()}
+    for how in ("loss", "accuracy"):
+        apart = objective_of(model, batches, targets, how)
+        at_once = objective_of(model, batches, targets, how, sides=sides)
+        stepper = zeroth_order.ZerothOrder(params, mu=0.05)
+        one, passed = stepper.probe(apart, 7), len(passes)
+        other = stepper.probe(at_once, 7)
+        assert (other.plus, other.minus) == pytest.approx((one.plus, one.minus), rel=1e-5)
+        assert how != "loss" or one.plus != one.minus
+        assert (passed, len(passes)) == (2, 3)
+        passes.clear()
+    assert all(torch.equal(before[name], t) for name, t in params.items())
+    assert not any("forward" in vars(module) for module in sides.values())
+    if not packed:
+        by_row = objective_of(model, batches, targets, "loss", rows=True, sides=sides)
+        plus, minus = by_row.both(params, {name: -t for name, t in params.items()})
+        assert plus.shape == minus.shape == (3,)
+
+
+def test_layers_that_see_no_rows_take_two_passes():
+    """As experts do, whose input is tokens of whatever rows."""
+    model, rows = model_of("lora"), encoded([12, 8])
+    params = perturbed(model, MezoConfig())
+    sides = {name: model.get_submodule(name.removesuffix(".weight")) for name in params}
+    batch = collator(False, rows)(rows)
+    for layer in model.base_model.model.model.layers:  # an MLP that is handed tokens, as experts are
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, forward=forward: forward(x.flatten(0, 1)).view(x.shape)
+    objective = objective_of(model, [batch], 14, "loss", sides=sides)
+    probe = zeroth_order.ZerothOrder(params, mu=0.05).probe(objective, 7)
+    plain = zeroth_order.ZerothOrder(params, mu=0.05).probe(objective_of(model, [batch], 14, "loss"), 7)
+    assert (probe.plus, probe.minus) == (plain.plus, plain.minus)
+
+
+def test_a_row_matches_exactly_where_no_target_is_wrong():
+    model, rows = model_of("llama"), encoded([12, 8, 20])
+    with torch.no_grad():  # the second row's targets become the likeliest tokens
+        ids = list(rows[1].ids)
+        for place in range(3, 8):
+            ids[place] = int(model(input_ids=torch.tensor([ids])).logits[0, place - 1].argmax())
+    rows[1] = Encoded(ids=tuple(ids), scored=rows[1].scored, truncated=False, ends=True, chars=8)
+    batch = collator(False, rows)(rows)
+    assert objective_of(model, [batch], 31, "exact_match")() == pytest.approx(2 / 3)
+    assert objective_of(model, [batch], 31, "exact_match", rows=True)().tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="packed"):
+        objective_of(model, [collator(True, rows)(rows)], 31, "exact_match")

@@ -198,6 +198,14 @@ def test_messages_survive_the_wire():
     assert all(torch.equal(x, y) for m in MODULES for x, y in zip(again.factors[m], sent.factors[m], strict=True))
 
 
+def padded(data, old, new):
+    """Another header of the right length."""
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(old, new)
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 @pytest.mark.parametrize(
     ("bad", "what"),
     [
@@ -216,6 +224,9 @@ def test_messages_survive_the_wire():
         ),
         (lambda: encode(reply(factors={"layers.0.q": (torch.ones(6, 2).double(), torch.ones(2, 5))})), "F64"),
         (lambda: encode(reply(metrics={"x": math.nan})), "NaN or infinity"),
+        (lambda: padded(encode(reply()), b'\\"rows\\":5', b'\\"arrays\\":{},\\"rows\\":5'), "fields|not a message"),
+        (lambda: padded(encode(reply()), b'\\"rows\\":5', b'\\"rows\\":-1' + b"0" * 400), "rows is -1"),
+        (lambda: padded(encode(reply()), b'\\"rows\\":5', b'\\"rows\\":1' + b"0" * 5000), "not a message"),
         (lambda: encode(reply()).replace(b'\\"protocol\\":2', b'\\"protocol\\":9'), "not of protocol 2"),
         (lambda: encode(reply()).replace(b"factors|", b"control|"), "was not agreed"),
     ],

@@ -347,7 +347,8 @@ def message(setup, task=None):
 
 
 def setup_of(tmp_path, model, base, rows=None):
-    settings = {"targets": "all-linear", "batch_size": 2, "max_length": 32, "load_in": None, "dtype": "auto",
+    settings = {"method": "lora", "targets": "all-linear", "batch_size": 2, "max_length": 32, "load_in": None,
+                "dtype": "auto",
                 "device": "cpu", "split": None, "limit": None, "strict": False, "max_bad": 0.01}  # fmt: skip
     return ClientSetup(("a", "b"), str(model), base, rows, settings)
 

@@ -82,7 +82,7 @@ class Beginnings:
 
     def pooled(self, rank: int) -> Pairs:
         """Fresh factors, moved along the seeds of the pool; computed once for each state of it."""
-        assert self.pool is not None
+        assert self.pool is not None  # only the uplink of a pool asks
         assert isinstance(self.config.optimizer, MezoConfig)  # the settings have seen to both
         sums = self.state.pool
         if self._moved is None or self._moved[0] is not sums:

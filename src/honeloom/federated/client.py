@@ -14,7 +14,7 @@ import torch
 from honeloom.errors import HoneloomError, MessageError
 from honeloom.federated.continuation import continuation_of
 from honeloom.federated.frozen import folded, stacked
-from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask, digest_of
+from honeloom.federated.messages import ERROR, Factors, TrainReply, TrainTask, decode_task, digest_of, encode
 from honeloom.federated.scalars import SeedPool, moved_along, moves_of, replayed
 from honeloom.federated.shares import kept_part
 from honeloom.ops.noise import uniform
@@ -23,7 +23,7 @@ from honeloom.tuning.config import MezoConfig
 from honeloom.tuning.zeroth_order import step_seeds
 from honeloom.types.federation import LocalJob, LocalPort, LocalResult
 
-__all__ = ["ClientCore", "ClientMemory", "fresh_factors", "split_shared"]
+__all__ = ["WORDS", "ClientCore", "ClientMemory", "fresh_factors", "split_shared"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 WORDS = ("keys", "shares", "reveal")
@@ -32,13 +32,18 @@ WORDS = ("keys", "shares", "reveal")
 
 @dataclass(slots=True)
 class ClientMemory:
-    """What a client keeps: frozen additions or shared factors, their version, its last round, secrets of a round."""
+    """What a client keeps: frozen additions or shared factors, their version, its last round, secrets of a round.
+
+    `sent` is its last reply where that was noised: asked again, it gives the same, for noise that is drawn twice
+    can be averaged out.
+    """
 
     version: int = 0
     round: int = 0
     frozen: dict[str, Pair] = field(default_factory=dict)
     shared: dict[str, Pair] = field(default_factory=dict)
     secrets: dict[str, Any] = field(default_factory=dict)
+    sent: bytes = b""
 
 
 class ClientCore:
@@ -59,13 +64,24 @@ class ClientCore:
         self.port = port
         self.memory = memory or ClientMemory()
 
+    def reply_to(self, data: bytes) -> bytes:
+        """A task's reply, both as bytes; a noised one is given once, and the same again."""
+        task, memory = decode_task(data), self.memory
+        noised = bool(task.settings.get("dp"))
+        if noised and memory.sent and memory.round == task.round:
+            return memory.sent
+        reply = self.handle(task)
+        memory.sent = encode(reply) if noised and reply.error is None else b""
+        return memory.sent or encode(reply)
+
     def handle(self, task: TrainTask) -> TrainReply:
         """Train as the task says; what goes wrong is told in the reply, for the others go on without this client."""
         try:
             self._check(task)
-            if task.phase == "curvature":
-                return self._measure(task)
-            return self._words(task) if task.phase in WORDS else self._train(task)
+            answer = {"train": self._train, "curvature": self._measure, **dict.fromkeys(WORDS, self._words)}
+            if task.phase not in answer:
+                raise MessageError(f"a task of phase {task.phase!r:.40}; this version knows {', '.join(answer)}")
+            return answer[task.phase](task)
         except HoneloomError as error:
             return TrainReply(
                 task.experiment, task.round, self.name, version=self.memory.version,
@@ -97,6 +113,8 @@ class ClientCore:
         keep_up(self.memory, task, port.modules)
         start, rest = _start(self.memory, task, port.modules)
         order, settings = f"{self.name}/{task.round}", task.settings
+        if settings.get("attempt"):  # a sum of these steps was opened: others are taken
+            order += f"/{settings['attempt']}"
         job = LocalJob(
             self.name, start, task.alpha / task.rank, stacked(self.memory.frozen, rest), task.trains, settings,
             int(settings["seed"]), order, task.correction, _seeds(settings, order), _moved(task),

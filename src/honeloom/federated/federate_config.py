@@ -24,6 +24,8 @@ __all__ = ["FederateConfig"]
 
 EQUAL_RANKS = ("fedit", "fedex", "rolora", "ffa")
 """Rules that average factors as they are."""
+MOST_IN_A_SUM = 1000
+"""Clients of a secure sum."""
 
 
 class FederateConfig(RowsConfig):
@@ -40,9 +42,10 @@ class FederateConfig(RowsConfig):
     rounds: int = Field(3, ge=1, description="Rounds of local tuning and aggregation.")
     local_steps: int = Field(20, ge=1, description="Optimizer steps of a client in a round.")
     batch_size: int = Field(8, ge=1, description="Rows per step.")
-    lr: NumberOrAuto = Field(
-        2e-4,
-        description="Learning rate of the clients. With mezo, auto: the median of what they measure on their own rows.",
+    lr: NumberOrAuto | None = Field(
+        None,
+        description="Learning rate of the clients. Default 2e-4; with mezo 1e-4 for lora, 1e-6 for full. With mezo, "
+        "auto: the median of what they measure on their own rows.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Of the learning rate, over the rounds: constant, or falling to a tenth."
@@ -179,6 +182,7 @@ class FederateConfig(RowsConfig):
             )
         self._check_pool(rule)
         self._check_privacy()
+        self._check_rates()
         if self.measures and (self.optimizer.type != "mezo" or self.optimizer.objective != "loss"):
             raise ValueError(
                 "lr auto is for zeroth-order steps on the loss: use optimizer mezo, or give lr as a number"
@@ -217,6 +221,22 @@ class FederateConfig(RowsConfig):
         if self.start is not None and self.start not in allowed.get(rule, ("warm",)):
             raise ValueError(f"start {self.start}: {rule} goes on {' or '.join(allowed.get(rule, ('warm',)))}")
 
+    def _check_rates(self) -> None:
+        """Refuse rates of single clients that could not differ."""
+        rates = self.rates
+        if rates.statistic == "none":
+            return
+        if len(self.members()) < 2 or self.rounds < 2:
+            raise ValueError(
+                f"rates.statistic {rates.statistic}: {len(self.members())} clients in {self.rounds} rounds all have "
+                "one rate, for it takes two of both to differ; leave rates out"
+            )
+        if rates.statistic == "five_rounds" and self.rounds <= 5:
+            raise ValueError(
+                f"rates.statistic five_rounds: rates differ after five rounds, and there are {self.rounds}; use loss "
+                "or difference, or more rounds"
+            )
+
     def _check_mode(self, rule: str) -> None:
         mode, has = self.privacy.mode, mode_of(rule, self.uplink)
         if mode is None or mode == has:
@@ -234,11 +254,8 @@ class FederateConfig(RowsConfig):
             )
         if privacy.secagg and self.rates.statistic == "difference":
             raise ValueError("rates.statistic difference needs each client's sums, and secagg hides them; use another")
-        if privacy.secagg and len(self.members()) < 3:
-            raise ValueError(
-                f"secure aggregation of {len(self.members())} clients: of a sum of two each can subtract its own part "
-                "and has the other's; it takes three, or leave secagg out"
-            )
+        if privacy.secagg:
+            self._check_sums()
         if privacy.dp is None:
             return
         if self.measures:
@@ -264,6 +281,20 @@ class FederateConfig(RowsConfig):
                 "privacy.dp.seed is for simulations: whoever knows it can take the noise off; leave it out"
             )
 
+    def _check_sums(self) -> None:
+        """Refuse rounds that ask too few clients for a secure sum, or too many."""
+        for number in range(1, self.rounds + 1):
+            there = sum(client.takes_part(number) for client in self.members())
+            asked = math.ceil(self.participation * there - 1e-9)
+            if not 3 <= asked <= MOST_IN_A_SUM:
+                raise ValueError(
+                    f"secure aggregation: round {number} asks {asked} of {there} clients, and a sum takes 3 to "
+                    f"{MOST_IN_A_SUM}, for of a sum of two each can subtract its own part and has the other's; change "
+                    "participation, joins and leaves, or leave secagg out"
+                )
+        if self.outlier != type(self).model_fields["outlier"].default:
+            raise ValueError("outlier compares single updates, and secagg hides them; leave it out")
+
     def _check_pool(self, rule: str) -> None:
         """Refuse what sums over seeds, or weights without adapters, cannot do."""
         fields = type(self).model_fields
@@ -281,11 +312,18 @@ class FederateConfig(RowsConfig):
         if self.server.type != "none":
             raise ValueError(f"server {self.server.type} works on factors, and a seed-pool has sums; leave it out")
         if self.method == "full":
-            idle = [n for n in ("ranks", "targets", "alpha") if getattr(self, n) != fields[n].default]
+            idle = [n for n in ("ranks", "targets", "alpha", "start") if getattr(self, n) != fields[n].default]
+            idle += ["clients.rank"] if any(client.rank is not None for client in self.clients) else []
+            idle += ["optimizer.perturb"] if getattr(self.optimizer, "perturb", "all") != "all" else []
+            idle += ["aggregation fedit"] if rule == "fedit" else []
             if idle:
                 raise ValueError(f"{idle[0]} is about adapters, and method full has none; leave it out")
             if self.load_in is not None:
                 raise ValueError(f"method full trains float32 weights; load_in {self.load_in} has none; leave it out")
+            if self.dtype not in ("auto", "fp32"):
+                raise ValueError(
+                    f"method full: steps on {self.dtype} would be lost in rounding; use dtype fp32, or auto"
+                )
 
     def _check_mezo(self, mezo: MezoConfig) -> None:
         """Refuse what means nothing where there are no gradients."""
@@ -293,8 +331,21 @@ class FederateConfig(RowsConfig):
             raise ValueError("proximal is a term of gradients, and mezo has none; leave it out")
         if self.max_grad_norm != type(self).model_fields["max_grad_norm"].default:
             raise ValueError("max_grad_norm: mezo has no gradients; use optimizer.clip, which bounds its scalars")
+        if mezo.perturb == "b" and self.aggregation.type == "ffa":
+            raise ValueError("ffa trains B alone by itself; leave optimizer.perturb b out")
         if mezo.perturb == "b" and self.aggregation.type == "rolora":
             raise ValueError("rolora trains A in even rounds, and optimizer.perturb b would leave it; use ffa, or all")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate in force; `auto` has none before it is measured."""
+        if self.lr == "auto":
+            raise ValueError("lr auto is not measured yet")
+        if self.lr is not None:
+            return self.lr
+        if self.optimizer.type == "mezo":
+            return 1e-4 if self.method == "lora" else 1e-6
+        return 2e-4
 
     @property
     def measures(self) -> bool:
@@ -319,10 +370,9 @@ class FederateConfig(RowsConfig):
 
     def lr_in(self, number: int) -> float:
         """Learning rate of a round, counted from 1; `auto` has none before it is measured."""
-        if self.lr == "auto":
-            raise ValueError("lr auto is not measured yet")
+        base = self.learning_rate
         if self.schedule == "constant" or self.rounds == 1:
-            return self.lr
+            return base
         done = (number - 1) / (self.rounds - 1)
         falling = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (0.1 + 0.9 * falling)
+        return base * (0.1 + 0.9 * falling)

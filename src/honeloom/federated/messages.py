@@ -231,8 +231,11 @@ def decode_reply(data: bytes, manifest: Manifest) -> TrainReply:
         It is larger than agreed, no sound document, of another protocol, or holds other tensors,
         shapes or types than agreed; nothing was allocated for its tensors.
     """
-    header, plain = _open(data, "reply", manifest.most_bytes)
-    reply = TrainReply(**plain, **_read(data, header, "reply", _GROUPS[TrainReply], manifest))
+    try:
+        header, plain = _open(data, "reply", manifest.most_bytes)
+        reply = TrainReply(**plain, **_read(data, header, "reply", _GROUPS[TrainReply], manifest))
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:  # nothing that is sent may end a server
+        raise MessageError(f"reply: not a message ({type(error).__name__}: {str(error)[:200]})") from None
     if reply.error is not None:
         return reply
     if lacking := sorted(set(manifest.modules) - set(reply.factors)):
@@ -264,7 +267,7 @@ def _open(data: bytes, what: str, most: int | None) -> tuple[Header, dict[str, A
     except (CheckpointError, KeyError, ValueError, RecursionError) as error:
         raise MessageError(f"{what}: not a message ({error})") from None
     kind = TrainTask if what == "task" else TrainReply
-    names = {name for name in kind.__slots__ if name not in _GROUPS[kind]}
+    names = {name for name in kind.__slots__ if name not in (*_GROUPS[kind], "arrays")}
     if not isinstance(plain, dict) or plain.pop("protocol", None) != PROTOCOL:
         raise MessageError(f"{what}: not of protocol {PROTOCOL}; server and clients need the same version of honeloom")
     if not set(plain) <= names or not {"experiment", "round", "client"} <= set(plain):
@@ -292,8 +295,9 @@ def _check_types(plain: dict[str, Any], what: str) -> None:
         raise MessageError(f"{what}: {len(metrics)} metrics, at most {MOST_METRICS} of at most {LARGEST:g} are taken")
     if "metrics" in plain:
         plain["metrics"] = metrics
-    if not 0 <= plain.get("rows", 0) <= MOST_ROWS:
-        raise MessageError(f"{what}: rows is {plain['rows']:.3g}" if plain["rows"] < 1e300 else f"{what}: rows is huge")
+    for name in ("rows", "round", "version", "rank"):
+        if not 0 <= plain.get(name, 0) <= MOST_ROWS:
+            raise MessageError(f"{what}: {name} is {plain[name]!s:.20}")
     if plain.get("error") is not None:
         plain["error"] = plain_text(plain["error"])[:ERROR]
 

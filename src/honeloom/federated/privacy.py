@@ -80,6 +80,8 @@ def exposure_of(config: FederateConfig) -> Exposure:
     elif follows(config.aggregation.type, config.uplink, config.server.type):
         others = "the scalars of its steps, and so its A and B: everybody moves on by everybody's scalars"
     server += ", how many rows it has" + ("" if privacy.dp else ", its losses and how long it took")
+    if config.measures:
+        server += ", the curvature of its loss at the start"
     if config.engine != "deployment":
         server += "; here all clients live on one machine, rows included"
     hidden = "its rows, which may yet be inferred in part from what is seen: that is not noised"

@@ -11,7 +11,6 @@ from typing import Literal, Protocol
 from honeloom.errors import HoneloomError
 from honeloom.federated.client import ClientCore, ClientMemory
 from honeloom.federated.frozen import Pair
-from honeloom.federated.messages import decode_task, encode
 from honeloom.federated.server import ServerCore
 from honeloom.federated.state import RoundRecord, ServerState
 from honeloom.federated.store import RoundStore
@@ -63,9 +62,9 @@ class InlineEngine:
     ) -> Iterator[tuple[str, bytes | Silence]]:
         """Yield the replies in the order of the tasks; there is nothing to wait for."""
         for name, data in tasks.items():
-            reply = self.clients[name].handle(decode_task(data))
+            reply = self.clients[name].reply_to(data)
             self._share(self.clients[name].memory)
-            yield name, encode(reply)
+            yield name, reply
 
     def _share(self, memory: ClientMemory) -> None:
         """Clients of one process hold equal additions once."""
@@ -115,7 +114,7 @@ def run_rounds(
     while server.state.round < server.config.rounds:
         begun, clock = time.monotonic(), _Clock()
         with clock:
-            tasks = server.begin()
+            tasks = server.begin(store.opened(server.state.round + 1))
             asked = len(tasks)
             for client, data in store.replies(server.state.round + 1):
                 if client in tasks and server.ingest(client, data) == "ok":
@@ -128,6 +127,8 @@ def run_rounds(
             _exchange(server, engine, store, tasks, needed, clock)
             with clock:
                 tasks = server.proceed()
+            if server.opens and tasks:
+                store.note_opened(server.state.round + 1)
             needed = max(1, math.ceil(server.config.quorum * len(tasks)))
         with clock:
             record = server.finish()

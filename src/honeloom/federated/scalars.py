@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,12 @@ from honeloom.ops.noise import uniform
 from honeloom.tuning.config import MezoConfig
 from honeloom.tuning.zeroth_order import ZerothOrder, accumulated, step_seeds, step_size
 
-__all__ = ["Move", "ScalarLog", "SeedPool", "moved_along", "named", "replayed"]
+__all__ = ["Move", "ScalarLog", "SeedPool", "log_of", "moved_along", "moves_of", "named", "replayed"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+MOST_MOVES, MOST_ENTRIES = 32, 1 << 13
+"""Rounds that a log keeps, and clients in all of them: whoever is further behind is sent the factors, for steps that
+are repeated take time and the log takes room."""
 Scalars = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
 
@@ -84,7 +86,7 @@ class ScalarLog:
     Attributes
     ----------
     entries : list of Move
-        Those that are still kept: once they take more than the factors themselves, the oldest go.
+        Those that are still kept: once they take more than the factors themselves, or are many, the oldest go.
     first : int
         Version that the first entry leads to.
     """
@@ -100,33 +102,21 @@ class ScalarLog:
     def add(self, move: Move, most_bytes: int) -> None:
         """Take in one more, and forget old ones beyond the limit."""
         self.entries.append(move)
-        while len(self.entries) > 1 and sum(entry.bytes for entry in self.entries) > most_bytes:
+        while len(self.entries) > 1 and self._is_long(most_bytes):
             self.entries.pop(0)
             self.first += 1
+
+    def _is_long(self, most_bytes: int) -> bool:
+        clients = sum(len(entry.clients) for entry in self.entries)
+        return (
+            len(self.entries) > MOST_MOVES or clients > MOST_ENTRIES or sum(e.bytes for e in self.entries) > most_bytes
+        )
 
     def after(self, held: int) -> tuple[int, list[Move]] | None:
         """The version to go on from and the moves since; None where they are not kept, or held is none of ours."""
         if not self.first - 1 <= held <= self.version:
             return None
         return held, self.entries[held - self.first + 1 :]
-
-    def to_json(self) -> dict[str, Any]:
-        """As the server keeps it."""
-        entries = [
-            [e.round, [list(client) for client in e.clients], list(e.scalars.shape), e.scalars.tobytes().hex()]
-            for e in self.entries
-        ]
-        return {"first": self.first, "entries": entries}
-
-    @classmethod
-    def of_json(cls, plain: Mapping[str, Any]) -> ScalarLog:
-        """Read what `to_json` made."""
-        entries = [
-            Move(number, tuple((c, s, lr) for c, s, lr in clients),
-                 np.frombuffer(bytes.fromhex(text), dtype=np.float32).reshape(shape))
-            for number, clients, shape, text in plain["entries"]
-        ]  # fmt: skip
-        return cls(entries, plain["first"])
 
 
 def log_of(moves: Sequence[Move]) -> tuple[Log, torch.Tensor]:

@@ -28,6 +28,7 @@ from honeloom.errors import ConfigError, MessageError, NotFiniteError
 from honeloom.federated.secagg_masks import (
     Entropy,
     Words,
+    check_usable,
     combined,
     commitment_of,
     derived,
@@ -247,7 +248,9 @@ def read_keys(current: SecureRound, client: str, message: Any) -> PublicKeys:
     """A client's announcement; MessageError where it is none of this client and round."""
     names = ("encryption", "masking", "commitment")
     parts = fields_from(current, client, message, "keys", names)
-    return keys_of([client, *(parts[n] for n in names)], "keys")
+    found = keys_of([client, *(parts[n] for n in names)], "keys")
+    check_usable(found)
+    return found
 
 
 def roster_message(current: SecureRound, keys: Iterable[PublicKeys]) -> Message:

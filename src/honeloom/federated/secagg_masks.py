@@ -28,8 +28,8 @@ except ImportError as absent:
     ) from absent
 
 __all__ = [
-    "Entropy", "Words", "combined", "commitment_of", "derived", "open_shares", "pair_mask", "private_key",
-    "public_keys", "seal_shares", "split", "stream", "weights_at_zero",
+    "Entropy", "Words", "check_usable", "combined", "commitment_of", "derived", "open_shares", "pair_mask",
+    "private_key", "public_keys", "seal_shares", "split", "stream", "weights_at_zero",
 ]  # fmt: skip
 
 Entropy = Callable[[int], bytes]
@@ -67,6 +67,12 @@ def _agreed(private: X25519PrivateKey, public: bytes, who: str) -> bytes:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:  # a point of small order, whose secret everybody knows
         raise MessageError(f"the key of {who!r} is no sound X25519 key") from None
+
+
+def check_usable(keys: PublicKeys) -> None:
+    """MessageError unless both keys can be agreed with: one client's fault must not stop the others."""
+    for public in (keys.encryption, keys.masking):
+        _agreed(X25519PrivateKey.generate(), public, keys.client)
 
 
 def split(secret: bytes, threshold: int, clients: int) -> list[bytes]:

@@ -5,12 +5,13 @@ Four questions make such a round: for keys, for shares, to train, and for what o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from honeloom.errors import MessageError
 from honeloom.federated import secagg
 from honeloom.federated.messages import TrainTask
 from honeloom.federated.scalars import Sums
@@ -21,7 +22,8 @@ __all__ = ["RoundAbortedError", "SecureSum", "answered", "masked"]
 
 LIMIT = 1e6
 """Largest magnitude of a client's sum along a seed, in steps of scalar 1; larger ones are cut."""
-BITS = 32
+BITS, OPENED = 32, 4
+"""Binary places, and the phase of a client that has given its shares."""
 Notes = Mapping[str, Any]
 
 
@@ -32,10 +34,12 @@ class SecureSum:
     ----------
     experiment, number
         Federation and round.
-    asked : int
+    asked : collection of str
         Clients that the round asks: more than half of them must stay to the end, and three.
     size : int
         K, seeds of the pool.
+    attempt : int
+        How often a sum of this round may have been opened before: every time, other steps are summed under other keys.
 
     Raises
     ------
@@ -43,10 +47,13 @@ class SecureSum:
         Fewer than three clients.
     """
 
-    def __init__(self, experiment: str, number: int, asked: int, size: int) -> None:
-        self.round = SecureRound(experiment, number, secagg.default_threshold(asked))
-        self.size = size
+    def __init__(
+        self, experiment: str, number: int, asked: Collection[str], size: int, attempt: int = 0
+    ) -> None:  # fmt: skip
+        self.round = SecureRound(f"{experiment}/{attempt}", number, secagg.default_threshold(len(asked)))
+        self.size, self.attempt = size, attempt
         self.phase = "keys"
+        self.asked = set(asked)
         self._keys: dict[str, PublicKeys] = {}
         self._shares: dict[str, dict[str, bytes]] = {}
         self._vectors: dict[str, Words] = {}
@@ -63,7 +70,11 @@ class SecureSum:
         return sorted(self._vectors)
 
     def has(self, client: str) -> bool:
-        """Whether a client has said its words of this phase; the first sound ones count."""
+        """Whether a client was not asked in this phase, or has said its words; the first sound ones count."""
+        if client not in self.asked:
+            return True
+        if self.phase == "train":
+            return client in self._vectors
         if self.phase == "keys":
             return client in self._keys
         return client in (self._shares if self.phase == "shares" else self._reveals)
@@ -89,6 +100,10 @@ class SecureSum:
         """Take in a client's masked vector, (K,) int64 bits."""
         self._vectors[client] = secagg.read_masked(vector.numpy().tobytes(), self.size)
 
+    def drop(self, client: str) -> None:
+        """Leave a client's vector out, before it is said whose are summed."""
+        self._vectors.pop(client, None)
+
     def advance(self) -> dict[str, Notes]:
         """Words by client that begin the next phase; none where the round has no more.
 
@@ -97,6 +112,11 @@ class SecureSum:
         RoundAbortedError
             Too few clients are left.
         """
+        words = self._words()
+        self.asked = set(words)
+        return words
+
+    def _words(self) -> dict[str, Notes]:
         if self.phase == "keys":
             self.phase, roster = "shares", secagg.roster_message(self.round, self._keys.values())
             return dict.fromkeys(sorted(self._keys), roster)
@@ -120,7 +140,10 @@ class SecureSum:
             Shares that open nothing.
         """
         words = secagg.unmask(self.round, self._ordered(), self._vectors, list(self._reveals.values()))
-        return secagg.dequantise(words, BITS) * unit
+        total = secagg.dequantise(words, BITS)
+        if not np.abs(total).max() <= LIMIT:  # shares sum to 1 at most, and each client cuts at the limit
+            raise MessageError(f"a sum of {np.abs(total).max():.3g} is over {LIMIT:g}: a client spoilt it")
+        return total * unit
 
     def _ordered(self) -> list[PublicKeys]:
         return sorted(self._keys.values(), key=lambda known: known.client)
@@ -135,7 +158,10 @@ def answered(secrets: Notes, task: TrainTask) -> tuple[dict[str, Any], dict[str,
         They are not what the protocol has next, or are to open what must stay closed.
     """
     if task.phase == "keys":
-        current = SecureRound(task.experiment, task.round, int(task.settings["threshold"]))
+        named = f"{task.experiment}/{int(task.settings['attempt'])}"
+        current = SecureRound(named, task.round, int(task.settings["threshold"]))
+        if secrets and (before := ClientSecrets.from_json(dict(secrets))).phase == OPENED and before.round == current:
+            raise MessageError("its part in this sum was given; two sums of the same parts would open single ones")
         kept, said = secagg.begin(current, task.client)
     else:
         kept = ClientSecrets.from_json(dict(secrets))

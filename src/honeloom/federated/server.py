@@ -74,12 +74,23 @@ class ServerCore:
         self._secure: Any = None
 
     @property
+    def opens(self) -> bool:
+        """Whether the tasks that were last given out ask for what opens a secure sum."""
+        return self._secure is not None and self._secure.phase == "reveal"
+
+    @property
     def keeps_replies(self) -> bool:
         """Whether a reply is of use to an attempt that goes on with its round: masked ones are of none."""
         return not self.config.privacy.secagg
 
-    def begin(self) -> dict[str, bytes]:
-        """Begin the next round: the tasks of the clients that are asked, as bytes."""
+    def begin(self, opened: int = 0) -> dict[str, bytes]:
+        """Begin the next round: the tasks of the clients that are asked, as bytes.
+
+        Parameters
+        ----------
+        opened : int
+            How often an earlier attempt asked for what opens this round's secure sum.
+        """
         number = self.state.round + 1
         there = [client for client in self.members.values() if client.takes_part(number)]
         count = max(1, math.ceil(self.config.participation * len(there) - 1e-9)) if there else 0
@@ -92,7 +103,7 @@ class ServerCore:
         )  # fmt: skip
         if self.config.privacy.secagg:
             self._secure = load_target("honeloom.federated.secure_sum:SecureSum")(
-                self.experiment, number, len(asked), self.config.pool_size
+                self.experiment, number, asked, self.config.pool_size, opened
             )
             return self._sent({record.id: self._words(record, "keys", {}) for record in self._record.clients})
         return self._sent({record.id: self._task(record) for record in self._record.clients})
@@ -103,6 +114,8 @@ class ServerCore:
         assert record is not None  # a round was begun
         if self._secure is None or record.reason is not None or self._secure.phase == "done":
             return {}
+        if self._secure.phase == "train":
+            self._drop_strangers(record)
         try:
             words: Mapping[str, Any] = self._secure.advance()
         except HoneloomError as error:
@@ -119,7 +132,7 @@ class ServerCore:
         return self._sent({n: replace(self._task(c), notes=notes[n]) for n, c in clients.items()})
 
     def _words(self, record: ClientRecord, phase: str, notes: Mapping[str, Any]) -> TrainTask:
-        settings = {"threshold": self._secure.round.threshold}
+        settings = {"threshold": self._secure.round.threshold, "attempt": self._secure.attempt}
         return TrainTask(
             self.experiment, self.state.round + 1, record.id, record.rank, self.begun.alpha(record.rank),
             self.how.start, settings=settings, phase=phase, notes=notes,
@@ -158,6 +171,8 @@ class ServerCore:
         }  # fmt: skip
         if config.uplink == "seed-pool":
             settings |= {"pool_size": config.pool_size, "secagg": config.privacy.secagg}
+        if self._secure is not None and self._secure.attempt:
+            settings["attempt"] = self._secure.attempt
         if config.privacy.dp is not None:
             settings["dp"] = config.privacy.dp.model_dump()
         if config.uplink == "scalars":
@@ -172,7 +187,8 @@ class ServerCore:
         """Take a reply; returns its status, and the record says why it was refused. The first sound one counts."""
         record = self._of(client)
         words = self._secure is not None and self._secure.phase != "train"
-        if record is None or (not words and client in self._replies) or (words and self._secure.has(client)):
+        said = client in self._replies if self._secure is None else self._secure.has(client)
+        if record is None or said:
             return "late"
         record.bytes_up += len(data)
         if words:
@@ -188,7 +204,7 @@ class ServerCore:
             self.state.held[client] = 0  # what it holds by now is not known
             return self._refuse(record, str(error))
         if reply.round != self.state.round + 1:
-            record.status, record.reason = "late", f"a reply of round {reply.round}"
+            record.status, record.reason = "late", f"a reply of round {reply.round}"[:REASON]
             return "late"
         if reply.error is not None:
             lost = self.state.held.get(client, 0) not in (0, reply.version)  # its process began anew
@@ -236,7 +252,7 @@ class ServerCore:
         """Note that a client did not reply, and why."""
         record = self._of(client)
         if record is not None and client in self._replies and self._secure is not None:
-            record.reason = f"its update counts; it did not help to open the sum: {plain(reason)[:REASON]}"
+            record.reason = f"it sent its update, and did not help to open the sum: {plain(reason)[:REASON]}"
         elif record is not None and client not in self._replies:
             record.status, record.reason = status, plain(reason)[:REASON]
             self.state.held[client] = 0  # it may have taken the task in, or come back without a memory
@@ -293,9 +309,9 @@ class ServerCore:
         """Aggregate what came; the next round is due whether or not it sufficed."""
         record = self._record
         assert record is not None  # a round was begun
-        if self.config.method == "full":
+        if self._secure is None:
             self._refuse_strangers(record)
-        self._refuse_outliers(record)
+            self._refuse_outliers(record)
         came = [self._replies[r.id] for r in record.clients if r.status == "ok"]
         if self._secure is not None:
             self._open(record)
@@ -309,7 +325,7 @@ class ServerCore:
 
     def _open(self, record: RoundRecord) -> None:
         """Take the masks off the sum of those that trained, and move by their mean."""
-        assert isinstance(self.uplink, PoolUplink)
+        assert isinstance(self.uplink, PoolUplink)  # the settings allow secure sums for it alone
         if record.reason is not None or len(self._secure.survivors) < self.config.quorum * len(record.clients):
             return
         try:
@@ -324,6 +340,8 @@ class ServerCore:
 
     def _refuse_strangers(self, record: RoundRecord) -> None:
         """Without adapters the server has no weights to compare: most clients must have begun with the same."""
+        if self.config.method != "full":
+            return
         ok = [r for r in record.clients if r.status == "ok"]
         counts = Counter(self._replies[r.id].digest for r in ok)
         usual = {digest for digest, count in counts.items() if count * 2 > len(ok)}
@@ -331,6 +349,13 @@ class ServerCore:
             if (mine := self._replies[client.id].digest) not in usual:
                 others = next(iter(usual), "no digest of most clients")
                 self._refuse(client, f"it began with other weights than the others ({mine}, not {others})")
+
+    def _drop_strangers(self, record: RoundRecord) -> None:
+        """The same, while a secure sum can still be told to leave them out."""
+        self._refuse_strangers(record)
+        for client in record.clients:
+            if client.status != "ok":
+                self._secure.drop(client.id)
 
     def _refuse_outliers(self, record: RoundRecord) -> None:
         ok = [r for r in record.clients if r.status == "ok" and r.norm is not None]

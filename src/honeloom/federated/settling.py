@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,11 @@ from honeloom.federated.messages import Manifest, TrainTask, decode_reply, encod
 from honeloom.federated.rounds import Engine, Silence
 from honeloom.runs.atomic import write_json
 from honeloom.tuning.config import MezoTuningConfig
+from honeloom.tuning.curvature import LADDER
 
 __all__ = ["MEASURED", "read_measured", "settle"]
 
 MEASURED = "curvature.json"
-LARGEST_MESSAGE = 16384
 TOLD = ("trace", "largest", "signal", "bound", "rate", "mu")
 """What a client tells of its loss; see `honeloom.tuning.curvature`."""
 
@@ -27,7 +28,8 @@ TOLD = ("trace", "largest", "signal", "bound", "rate", "mu")
 def settle(config: FederateConfig, experiment: str, engine: Engine, folder: Path) -> FederateConfig:
     """Ask the clients of the first round, unless an earlier attempt did, and put numbers in the place of `auto`.
 
-    The median of the clients' rates and distances is taken, so that no single client decides.
+    The median of the clients' rates and distances is taken, the lower one of two: of three and more, no single client
+    decides, and what cannot be is refused.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ def read_measured(folder: Path) -> dict[str, Any]:
 def _asked(config: FederateConfig, experiment: str, engine: Engine) -> dict[str, Any]:
     tasks = {client.id: encode(_task(config, experiment, client.id)) for client in config.members()
              if client.takes_part(1)}  # fmt: skip
-    needed = max(1, round(config.quorum * len(tasks)))
+    needed = max(1, math.ceil(config.quorum * len(tasks)))
     told: dict[str, dict[str, float]] = {}
     reasons = []
     for client, reply in engine.exchange(tasks, config.deadline, needed):
@@ -90,12 +92,18 @@ def _task(config: FederateConfig, experiment: str, client: str) -> TrainTask:
     settings = {
         "batch_size": config.batch_size, "seed": config.seed, "optimizer": config.optimizer.model_dump(),
         "method": config.method, "uplink": config.uplink, "pool_size": config.pool_size,
-        "horizon": config.rounds * config.local_steps,
+        "horizon": _horizon(config),
     }  # fmt: skip
     alpha = config.alpha if config.alpha is not None else 2.0 * rank
     return TrainTask(
         experiment, 1, client, rank, alpha, how.start, how.trains(1), how.alike, settings=settings, phase="curvature"
     )  # fmt: skip
+
+
+def _horizon(config: FederateConfig) -> float:
+    """Steps that there will be, each counted by the square of its share of the largest rate."""
+    shares = config.model_copy(update={"lr": 1.0})
+    return config.local_steps * sum(shares.lr_in(number) ** 2 for number in range(1, config.rounds + 1))
 
 
 def _read(client: str, experiment: str, reply: bytes | Silence) -> dict[str, float]:
@@ -110,6 +118,9 @@ def _read(client: str, experiment: str, reply: bytes | Silence) -> dict[str, flo
     metrics: Mapping[str, float] = found.metrics
     if lacking := [n for n in TOLD if n not in metrics]:
         raise MessageError(f"reply: no {lacking[0]}")
-    if not (metrics["rate"] > 0 and metrics["mu"] > 0):
-        raise MessageError(f"reply: rate {metrics['rate']:g} and mu {metrics['mu']:g} must be over 0")
+    if not (0 < metrics["rate"] <= metrics["bound"] and LADDER[0] <= metrics["mu"] <= LADDER[-1]):
+        raise MessageError(
+            f"reply: rate {metrics['rate']:g} must be over 0 and at most its bound {metrics['bound']:g}, and mu "
+            f"{metrics['mu']:g} from {LADDER[0]:g} to {LADDER[-1]:g}"
+        )
     return {name: metrics[name] for name in TOLD}

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from honeloom.checkpoint.headers import read_header
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.federated.rates import RateMemory
-from honeloom.federated.scalars import ScalarLog
+from honeloom.federated.scalars import log_of, moves_of
 from honeloom.federated.state import RoundRecord, ServerState
 from honeloom.runs.atomic import write_bytes
 from honeloom.runs.journal import Journal, read_journal
@@ -24,7 +24,7 @@ __all__ = ["RoundStore"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 ROUNDS = "rounds.jsonl"
 STATE = ".state"
-POOL = "pool"
+POOL, LOG, OPENED = "pool", "log", "opened-"
 
 
 class RoundStore:
@@ -72,6 +72,15 @@ class RoundStore:
         """Keep a reply of a round that is not done."""
         write_bytes(self.scratch / f"reply-{number:06}-{client}.safetensors", data)
 
+    def note_opened(self, number: int) -> None:
+        """Note, before it is asked for, that a round's secure sum may be opened: its steps must not be summed again."""
+        write_bytes(self.scratch / f"{OPENED}{number:06}", str(self.opened(number) + 1).encode())
+
+    def opened(self, number: int) -> int:
+        """How often that was noted of a round."""
+        path = self.scratch / f"{OPENED}{number:06}"
+        return int(path.read_bytes()) if path.exists() else 0
+
     def replies(self, number: int) -> Iterator[tuple[str, bytes]]:
         """Replies that were kept, by client."""
         head = f"reply-{number:06}-"
@@ -84,11 +93,16 @@ class RoundStore:
             state = ServerState(plain["round"], held=plain["held"], rows=plain["rows"], norm=plain["norm"])
             state.frozen.entries = [{} for _ in range(plain["additions"])]
             state.frozen.first = plain["first"]
-            state.log, state.rates = ScalarLog.of_json(plain["log"]), RateMemory(**plain["rates"])
+            state.rates = RateMemory(**plain["rates"])
+            state.log.first = plain["log"]["first"]
+            if plain["log"]["moves"]:
+                log = tuple((k, tuple((c, share, lr) for c, share, lr in who)) for k, who in plain["log"]["moves"])
+                state.log.entries = moves_of(log, file.read(LOG), *plain["log"]["shape"])
             pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
             for name in file.names():
                 if name == POOL:
                     state.pool = file.read(name).numpy()
+                if name in (POOL, LOG):
                     continue
                 group, module, factor = name.split("!")
                 pairs.setdefault((group, module), {})[factor] = file.read(name)
@@ -120,8 +134,10 @@ def _packed(state: ServerState) -> bytes:
     }
     if state.pool is not None:
         tensors[POOL] = torch.from_numpy(state.pool.copy())
+    log, tensors[LOG] = log_of(state.log.entries)
+    shape = state.log.entries[0].scalars.shape[1:] if state.log.entries else (0, 0)
     plain = {
-        "log": state.log.to_json(), "rates": asdict(state.rates),
+        "log": {"first": state.log.first, "moves": log, "shape": list(shape)}, "rates": asdict(state.rates),
         "round": state.round, "held": state.held, "rows": state.rows, "norm": state.norm,
         "first": state.frozen.first, "additions": len(state.frozen.entries),
     }  # fmt: skip

@@ -95,7 +95,7 @@ class ScalarUplink:
         found = state.log.after(state.held.get(record.id, 0))
         whole = self.begun.download(record.rank)
         version, digest = state.log.version, digest_of(state.shared) if state.shared else ""
-        if found is None or sum(move.bytes for move in found[1]) > _bytes(whole):
+        if found is None or (whole and sum(move.bytes for move in found[1]) > _bytes(whole)):
             return {"version": version, "follows": True, "shared": whole, "digest": digest}
         log, flat = log_of(found[1])
         arrays = {"log": flat} if log else {}
@@ -129,7 +129,7 @@ class PoolUplink:
     """Sums over a pool of seeds, up and down: messages of one size, whatever the steps and rounds."""
 
     def __init__(self, begun: Beginnings) -> None:
-        assert begun.pool is not None
+        assert begun.pool is not None  # `uplink_of` chose by it
         assert isinstance(begun.config.optimizer, MezoConfig)  # the settings have seen to both
         self.begun, self.pool, self.mezo = begun, begun.pool, begun.config.optimizer
         self.secure = begun.config.privacy.secagg

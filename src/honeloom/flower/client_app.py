@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +24,9 @@ from honeloom.backends.hf.federated_weights import FederatedWeights
 from honeloom.data.reader import read_file
 from honeloom.data.sources import RowFile
 from honeloom.errors import ConfigError, HoneloomError, RowsError
-from honeloom.federated.client import ClientCore, ClientMemory
+from honeloom.federated.client import WORDS, ClientCore, ClientMemory
 from honeloom.federated.experiment import ClientSetup
-from honeloom.federated.messages import TrainReply, TrainTask, decode_task, encode
+from honeloom.federated.messages import TrainReply, decode_task, encode
 from honeloom.stages.inputs import resolve_model, resolve_rows
 from honeloom.stages.rows import read_split
 from honeloom.types.rows import Rejected, Row
@@ -46,23 +48,33 @@ def query(message: Message, context: Context) -> Message:
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Train as the task says; what goes wrong is told in the reply."""
-    setup, task = _setup(message), decode_task(unpack(message.content))
+    setup, data = _setup(message), unpack(message.content)
     name = _name(setup, context)
     memory = _remembered(context)
     with one_thread(torch.device("cpu")):
-        reply = _handle(setup, task, name, memory, context)
+        reply = _handle(setup, data, name, memory, context)
     _remember(context, memory)
-    return Message(pack(encode(reply), client=name), reply_to=message)
+    return Message(pack(reply, client=name), reply_to=message)
 
 
-def _handle(setup: ClientSetup, task: TrainTask, name: str, memory: ClientMemory, context: Context) -> TrainReply:
-    if task.phase in ("shares", "reveal"):  # nothing is trained, so no model is loaded
-        return ClientCore(name, None, memory).handle(task)
+def _handle(setup: ClientSetup, data: bytes, name: str, memory: ClientMemory, context: Context) -> bytes:
+    task = decode_task(data)
     try:
-        port = _port(setup, name, context)
+        if task.phase not in WORDS:
+            _require_noise(task.settings.get("dp"), context)
+        # Where nothing is trained, no model is loaded.
+        port = None if task.phase in ("shares", "reveal") else _port(setup, name, context)
     except HoneloomError as error:
-        return TrainReply(task.experiment, task.round, name, error=f"{type(error).__name__}: {error}")
-    return ClientCore(name, port, memory).handle(task)
+        return encode(TrainReply(task.experiment, task.round, name, error=f"{type(error).__name__}: {error}"))
+    return ClientCore(name, port, memory).reply_to(data)
+
+
+def _require_noise(dp: Mapping[str, Any] | None, context: Context) -> None:
+    """Refuse a task with less noise than the node demands: it is the server that asks for it."""
+    node = context.node_config
+    least, most = float(node.get("dp-noise", 0.0)), float(node.get("dp-clip", math.inf))
+    if least and (dp is None or float(dp["noise"]) < least or float(dp["clip"]) > most):
+        raise ConfigError(f"this node takes part with privacy.dp of noise {least:g} or more and clip {most:g} or less")
 
 
 def _setup(message: Message) -> ClientSetup:
@@ -142,7 +154,9 @@ def _remembered(context: Context) -> ClientMemory:
     plain = context.state.config_records.get("memory")
     if plain is None:
         return ClientMemory()
-    memory = ClientMemory(int(plain["version"]), int(plain["round"]), secrets=json.loads(str(plain["secrets"])))
+    memory = ClientMemory(
+        int(plain["version"]), int(plain["round"]), secrets=json.loads(str(plain["secrets"])), sent=bytes(plain["sent"])
+    )
     for group in GROUPS:
         arrays = context.state.array_records[group]
         tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
@@ -163,5 +177,10 @@ def _remember(context: Context, memory: ClientMemory) -> None:
                 }
             )
     context.state["memory"] = ConfigRecord(
-        {"version": memory.version, "round": memory.round, "secrets": json.dumps(memory.secrets)}
+        {
+            "version": memory.version,
+            "round": memory.round,
+            "secrets": json.dumps(memory.secrets),
+            "sent": memory.sent,
+        }
     )

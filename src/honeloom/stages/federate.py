@@ -109,7 +109,7 @@ def _check_ranks(config: FederateConfig, modules: Mapping[str, tuple[int, int]])
 def _check_noise(work: Work[FederateConfig], rows: Mapping[str, int]) -> None:
     """Refuse, before anything is trained, what the noise's accounting does not hold for."""
     config, dp = work.config, work.config.privacy.dp
-    assert dp is not None
+    assert dp is not None  # the caller chose by it
     for name, count in rows.items():
         try:
             _spent(config, count, config.rounds)
@@ -181,8 +181,9 @@ def _run_inline(
     engine = InlineEngine({name: ClientCore(name, port) for name in port.clients()})
     with one_thread(port.model.device):  # the server's sums are of the bits that travel
         config = settle(experiment.config, experiment.name, engine, store.folder)
-        if config.measures is not experiment.config.measures:
-            work.log.say(f"federate: the clients' losses bear lr {config.lr:.3g} (auto)")
+        if experiment.config.measures:
+            mu = getattr(config.optimizer, "mu", 0.0)
+            work.log.say(f"federate: by what the clients measured, lr {config.learning_rate:.3g} and mu {mu:g}")
         server = ServerCore(config, experiment.name, port.modules, store.load())
         run_rounds(server, engine, store, done=lambda r: _tell(work, r.to_json()))
 
@@ -334,7 +335,10 @@ def _costs(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]], *
     rank = max(c.largest_rank for c in config.members())
     backward = replace(job, mode="full" if full else "lora", rank=rank, states=2)
     jobs = {"inference": replace(job, mode="inference"), "zeroth-order": job, "backpropagation, AdamW": backward}
-    return {**found, "memory": {name: peak_memory(decoder, one).total for name, one in jobs.items()}}
+    memory = {name: peak_memory(decoder, one).total for name, one in jobs.items()}
+    if full:  # the base, from which every round begins
+        memory["zeroth-order"] += 4 * decoder.parameters
+    return {**found, "memory": memory}
 
 
 def _details(work: Work[FederateConfig], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

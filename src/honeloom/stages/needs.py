@@ -94,6 +94,9 @@ def describe_needs(job: Job) -> Needs | None:
     work = work_of(config, settings, gpu=gpu)
     others = _tuning_settings(work, stored) if tune else _inference_settings(work, stored)
     memory = peak_memory(decoder, work)
+    if job.verb.name == "federate" and getattr(config, "method", None) == "full":
+        memory = replace(memory, adapters=4 * decoder.parameters)  # the base beside what is moved
+        others = iter(())
     return Needs(
         parameters=decoder.parameters,
         device="gpu" if gpu else "cpu",
@@ -191,7 +194,9 @@ def work_of(config: Any, settings: Mapping[str, Any], *, gpu: bool, tokens: int 
     if isinstance(config, FederateConfig):
         rank = max(client.largest_rank for client in config.members())
         if config.optimizer.type == "mezo":
-            return replace(work, mode="zeroth-order", rank=rank if config.method == "lora" else 0)
+            if config.method == "full":
+                return replace(work, mode="zeroth-order", dtype="fp32")
+            return replace(work, mode="zeroth-order", rank=rank)
         return replace(work, mode="lora", rank=rank, states=_states(config.optimizer))
     if not isinstance(config, TuneConfig):
         return work

@@ -86,12 +86,16 @@ class MezoConfig(Config):
     )
     directions: int = Field(1, ge=1, description="Per step; each costs two forward passes.")
     setting: Literal["memory", "speed"] = Field(
-        "memory", description="Draw directions again for every pass, or keep them: one more copy of what is trained."
+        "memory",
+        description="Draw directions again for every pass, or keep them: one more copy of what is trained, and for "
+        "adapters both losses from one forward pass of twice the rows.",
     )
     perturb: Literal["all", "b"] = Field("all", description="Of LoRA: both factors, or B alone.")
     clip: float | None = Field(None, gt=0, description="Largest magnitude of a step's scalar.")
-    objective: Literal["loss", "accuracy"] = Field(
-        "loss", description="What is made small: the loss, or the share of target tokens that are not the likeliest."
+    objective: Literal["loss", "accuracy", "exact_match"] = Field(
+        "loss",
+        description="What is made small: the loss; or the share of target tokens that are not the likeliest; or of "
+        "rows with any such token.",
     )
 
 
@@ -177,7 +181,9 @@ class TuneConfig(RowsConfig):
             raise ValueError("report_to: trackers are told by the trainer, which mezo does not use; leave it out")
         if mezo.perturb == "b" and self.method.type != "lora":
             raise ValueError("optimizer.perturb b is about the factors of LoRA; use method lora")
-        if mezo.objective == "accuracy" and "auto" in (self.lr, mezo.mu):
+        if mezo.objective == "exact_match" and self.packing:
+            raise ValueError("objective exact_match is about rows, and packing lays them end to end; leave packing out")
+        if mezo.objective != "loss" and "auto" in (self.lr, mezo.mu):
             raise ValueError("auto: a share of tokens has no curvature; give lr and mu, or use objective loss")
 
     @property

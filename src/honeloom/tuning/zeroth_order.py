@@ -286,7 +286,8 @@ class ZerothOrder:
     exact : bool
         Keep a copy of the values. For adapters it is small.
     cache : bool
-        Keep the direction instead of drawing it again for every pass: one more copy, fewer numbers drawn.
+        Keep the direction instead of drawing it again for every pass: one more copy, fewer numbers drawn. With `exact`,
+        a loss that can is asked for both sides at once.
     clip : float or None
         Largest magnitude of a scalar.
     judge : callable or None
@@ -326,10 +327,13 @@ class ZerothOrder:
         ----------
         loss : callable
             Of the model with the tensors as they are: the same rows and no dropout at both calls. It returns
-            a number, or one per row, shape (rows,).
+            a number, or one per row, shape (rows,). One that has a method `both` (values on either side, by name,
+            give losses on either side) is asked by it where directions and values are kept.
         seed : int
             Of the direction.
         """
+        if self.exact and self.cache and (both := getattr(loss, "both", None)) is not None:
+            return self._judged(seed, *both(*self._sides(seed)))
         with self._kept():
             self._to_side(seed, +1)
             plus = loss()
@@ -387,7 +391,7 @@ class ZerothOrder:
 
     def _judged(self, seed: int, plus: Any, minus: Any) -> Probe:
         """The scalar of two losses; their difference is taken in double precision."""
-        means = float(np.mean(plus)), float(np.mean(minus))
+        means = tuple(float(np.mean(side)) if np.size(side) else 0.0 for side in (plus, minus))
         if self.judge is not None:
             scalar = float(self.judge(plus, minus))
         elif all(map(math.isfinite, means)):
@@ -414,6 +418,15 @@ class ZerothOrder:
             yield
         finally:
             self._put_back()
+
+    def _sides(self, seed: int) -> list[dict[str, torch.Tensor]]:
+        """Copies of the values on both sides."""
+        found = []
+        with self._kept():
+            for sign in (+1, -1):
+                self._to_side(seed, sign)
+                found.append({name: tensor.clone() for name, tensor in self.params.items()})
+        return found
 
     def _put_back(self) -> None:
         for part in self._parts:

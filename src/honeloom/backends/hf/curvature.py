@@ -14,8 +14,9 @@ import torch
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.local_steps import collator
+from honeloom.backends.hf.objectives import objective_of
 from honeloom.backends.hf.tune import row_order, total_steps
-from honeloom.backends.hf.zeroth_order import objective_of, perturbed, rates_of, step_batches
+from honeloom.backends.hf.zeroth_order import perturbed, rates_of, step_batches
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.runs.atomic import write_json
 from honeloom.runs.log import Log

@@ -103,7 +103,8 @@ class FederatedModel:
         mezo = MezoTuningConfig(**job.settings["optimizer"])
         with one_thread(self.model.device):
             adapter = self._prepare(job)
-            return measured(self.model.eval(), self.held, job, self._perturbed(adapter, mezo), mezo)
+            params = {name: layer.weight.data for name, layer in self._perturbed(adapter, mezo).items()}
+            return measured(self.model.eval(), self.held, job, params, mezo)
 
     def hold(self, update: Pairs) -> Any:
         """The model with an update, of scale 1, and nothing else; the next job changes it."""
@@ -165,8 +166,9 @@ class FederatedModel:
         settings = job.settings
         optimizer_settings: Any = TypeAdapter(TuneOptimizer).validate_python(settings["optimizer"])
         if isinstance(optimizer_settings, MezoConfig):
-            params = self._perturbed(adapter, optimizer_settings)
-            return zeroth_order_steps(self.model, self.held, job, params, optimizer_settings, exact=True)
+            sides = self._perturbed(adapter, optimizer_settings)
+            params = {name: layer.weight.data for name, layer in sides.items()}
+            return zeroth_order_steps(self.model, self.held, job, params, optimizer_settings, sides=sides)
         optimizer = build_optimizer(self.model, optimizer_settings, settings["lr"])
         losses = local_steps(
             self.model, self.held.batches(job), optimizer, max_grad_norm=settings["max_grad_norm"],
@@ -174,13 +176,13 @@ class FederatedModel:
         )  # fmt: skip
         return (), sum(losses) / len(losses)
 
-    def _perturbed(self, adapter: str, mezo: MezoConfig) -> dict[str, torch.Tensor]:
-        """Tensors that directions are about, by the names that their numbers are drawn under."""
+    def _perturbed(self, adapter: str, mezo: MezoConfig) -> dict[str, Any]:
+        """Linear layers whose weights directions are about, by the names that their numbers are drawn under."""
         found = {}
         for name, layer in self._layers.items():
             for factor, part in (("b", layer.lora_B), ("a", layer.lora_A)):
                 if part[adapter].weight.requires_grad and (mezo.perturb == "all" or factor == "b"):
-                    found[f"{name}|{factor}"] = part[adapter].weight.data
+                    found[f"{name}|{factor}"] = part[adapter]
         return found
 
     def _adjustment(self, job: LocalJob, adapter: str) -> Callable[[], None] | None:

@@ -12,7 +12,7 @@ import torch
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.client_rows import ClientRows
 from honeloom.backends.hf.local_steps import Collator, collator
-from honeloom.backends.hf.zeroth_order import objective_of
+from honeloom.backends.hf.objectives import objective_of
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.federated.dp import Draws, PrivateScalar, check_budget, poisson_rows, secret_generator
 from honeloom.tuning.config import MezoConfig
@@ -22,13 +22,15 @@ from honeloom.types.federation import LocalJob
 
 __all__ = ["Scalars", "measured", "zeroth_order_steps"]
 
+Sides = Mapping[str, torch.nn.Module]
 Scalars = tuple[tuple[float, ...], ...]
 """By step and direction."""
 
 
 def zeroth_order_steps(
-    model: Any, held: ClientRows, job: LocalJob, params: Mapping[str, torch.Tensor], mezo: MezoConfig, *, exact: bool
-) -> tuple[Scalars, float]:
+    model: Any, held: ClientRows, job: LocalJob, params: Mapping[str, torch.Tensor], mezo: MezoConfig, *,
+    sides: Sides | None,
+) -> tuple[Scalars, float]:  # fmt: skip
     """Take a job's steps by forward passes along its directions.
 
     Parameters
@@ -43,8 +45,9 @@ def zeroth_order_steps(
         Tensors that are moved, by the names that their numbers are drawn under.
     mezo : MezoConfig
         Of the steps.
-    exact : bool
-        Whether values are kept aside while losses are taken.
+    sides : mapping or None
+        Of adapters, the linear layers by the names of their weights; their values are kept aside while losses are
+        taken. None: all weights are moved there and back.
 
     Returns
     -------
@@ -60,10 +63,11 @@ def zeroth_order_steps(
     """
     dp = job.settings.get("dp")
     stepper = ZerothOrder(
-        params, mu=mezo.mu, kind=mezo.direction, exact=exact, cache=mezo.setting == "speed", clip=mezo.clip,
+        params, mu=mezo.mu, kind=mezo.direction, exact=sides is not None, cache=mezo.setting == "speed", clip=mezo.clip,
         judge=_judge(held, job, mezo) if dp else None,
     )  # fmt: skip
-    objectives = _private(model, held, job) if dp else _plain(model, held, job, mezo)
+    sides = sides if mezo.setting == "speed" else None
+    objectives = _private(model, held, job, sides) if dp else _plain(model, held, job, mezo, sides)
     scalars, losses = [], []
     for seeds, objective in zip(job.directions, objectives, strict=True):
         probes = stepper.step(objective, seeds, job.settings["lr"])
@@ -102,12 +106,14 @@ def measured(
     }  # fmt: skip
 
 
-def _plain(model: Any, held: ClientRows, job: LocalJob, mezo: MezoConfig) -> Iterator[Callable[[], Any]]:
+def _plain(
+    model: Any, held: ClientRows, job: LocalJob, mezo: MezoConfig, sides: Sides | None = None
+) -> Iterator[Callable[[], Any]]:
     """What the sides of every step are compared by: the mean over the targets of its rows."""
     collate = collator(False, held.of(job.client))
     for passes in held.batches(job):
         targets = sum(sum(e.scored[1:]) for rows in passes for e in rows)
-        yield objective_of(model, _inputs(model, passes, collate), targets, mezo.objective)
+        yield objective_of(model, _inputs(model, passes, collate), targets, mezo.objective, sides=sides)
 
 
 def _judge(held: ClientRows, job: LocalJob, mezo: MezoConfig) -> PrivateScalar:
@@ -118,14 +124,18 @@ def _judge(held: ClientRows, job: LocalJob, mezo: MezoConfig) -> PrivateScalar:
     return PrivateScalar(float(dp["clip"]), float(dp["noise"]), float(size), mezo.mu, _secret(job, "noise"))
 
 
-def _private(model: Any, held: ClientRows, job: LocalJob) -> Iterator[Callable[[], Any]]:
-    """What the sides of every step are compared by: the losses of a Poisson sample's rows, one by one."""
+def _private(model: Any, held: ClientRows, job: LocalJob, sides: Sides | None) -> Iterator[Callable[[], Any]]:
+    """What the sides of every step are compared by: the losses of a Poisson sample's rows.
+
+    Each row is computed alone, without padding: in one batch, a row changes the others' last bits, which a small mu
+    makes large, and so it would change more than its own scalar.
+    """
     mine, size = held.of(job.client), int(job.settings["batch_size"])
     draws, collate = _secret(job, "sample"), collator(False, mine)
     for _ in job.directions:
         rows = [mine[i] for i in poisson_rows(len(mine), size / len(mine), draws).tolist()]
-        passes = [rows[k : k + size] for k in range(0, len(rows), size)]
-        yield objective_of(model, _inputs(model, passes, collate), 1, "loss", rows=True) if rows else _nothing
+        inputs = _inputs(model, [[row] for row in rows], collate)
+        yield objective_of(model, inputs, 1, "loss", rows=True, sides=sides) if rows else _nothing
 
 
 def _secret(job: LocalJob, what: str) -> Draws:

@@ -72,7 +72,7 @@ class FederatedWeights:
             digest = self._digest()
             with self.held.told(self.model, job) as metrics:
                 scalars, metrics["loss_train"] = zeroth_order_steps(
-                    self.model, self.held, job, self._params, mezo, exact=False
+                    self.model, self.held, job, self._params, mezo, sides=None
                 )
         return LocalResult({}, metrics, scalars, digest)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.local_steps import Collator, build_schedule, collator
+from honeloom.backends.hf.objectives import objective_of
 from honeloom.backends.hf.tune import Trained, row_order, rows_in_all, total_steps
 from honeloom.errors import ConfigError, NotFiniteError
 from honeloom.runs.journal import Journal, read_journal
@@ -26,11 +22,9 @@ from honeloom.runs.signals import deferred_signals
 from honeloom.tuning.config import MezoConfig, TuneConfig
 from honeloom.tuning.zeroth_order import Probe, ZerothOrder, step_seeds
 
-__all__ = ["objective_of", "perturbed", "rates_of", "step_batches", "train_zeroth_order"]
+__all__ = ["perturbed", "rates_of", "sides_of", "step_batches", "train_zeroth_order"]
 
 STEPS = "steps.jsonl"
-CHUNK = 1 << 20
-"""Logits that are read at a time."""
 SKIPPED = 20
 """Steps in a row without a finite loss after which training is given up."""
 
@@ -51,110 +45,6 @@ def perturbed(model: torch.nn.Module, config: MezoConfig) -> dict[str, torch.Ten
     if odd := sorted({str(t.dtype) for t in found.values()} - {"torch.float32"}):
         raise ConfigError(f"mezo steps on {odd[0]} would be lost in rounding; trained weights must be in float32")
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Inputs of a forward pass, and where its targets are among the logits that it returns, row after row."""
-
-    inputs: dict[str, Any]
-    places: torch.Tensor | None
-    """Indices into (rows x positions); None where every one of them has a target."""
-    rows: npt.NDArray[np.int64]
-    ids: torch.Tensor
-
-
-def objective_of(
-    model: Any, batches: Sequence[Mapping[str, torch.Tensor]], targets: int, objective: str, *, rows: bool = False
-) -> Callable[[], Any]:  # fmt: skip
-    """What two sides are compared by: nats per target token, or the share of target tokens that are not the likeliest.
-
-    Logits are computed where any row of the batch has a target, if the model can be asked for that, and read a few at
-    a time in float32, with sums in float64, so that there is never a second copy of them.
-
-    Parameters
-    ----------
-    model : transformers or PEFT model
-        In evaluation mode: both sides must see the same network.
-    batches : sequence of mapping
-        Inputs of the forward passes, with labels.
-    targets : int
-        Target tokens in all of them.
-    objective : {"loss", "accuracy"}
-        Which.
-    rows : bool
-        Whether to return each row's mean over its own targets instead, for steps that bound what a row can do.
-
-    Returns
-    -------
-    callable
-        Gives a number, or numbers of shape (rows,) in float64; 0 for a row without targets.
-
-    Raises
-    ------
-    ValueError
-        Rows are asked for where several are packed into one.
-    """
-    if rows and any("position_ids" in inputs for inputs in batches):
-        raise ValueError("packed batches have no rows of their own; use padded ones")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = _arguments(getattr(base.forward, "__func__", base.forward))
-    ready = [_prepared(inputs, "use_cache" in known, "logits_to_keep" in known) for inputs in batches]
-
-    def value() -> Any:
-        with torch.inference_mode():  # with no_grad, autocast would go on with its casts of weights from before a move
-            found = [(batch, _each(model, batch, objective)) for batch in ready]
-        if rows:
-            return np.concatenate([_by_row(batch, each) for batch, each in found])
-        return sum(float(each.sum()) for _, each in found) / targets
-
-    return value
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
-    """Names of what a forward pass can be told; asking takes longer than a small step's noise."""
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def _prepared(inputs: Mapping[str, torch.Tensor], uncached: bool, lean: bool) -> _Batch:
-    """What does not change from side to side; in numpy, whose calls cost less than a small model's layers."""
-    device = inputs["labels"].device
-    labels = inputs["labels"].cpu().numpy()[:, 1:]
-    scored = labels != -100
-    asked: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    if uncached:
-        asked["use_cache"] = False
-    positions = labels.shape[1] + 1
-    if lean:
-        keep = np.flatnonzero(scored.any(axis=0))
-        asked["logits_to_keep"] = torch.from_numpy(keep).to(device)
-        labels, scored, positions = labels[:, keep], scored[:, keep], len(keep)
-    row, place = scored.nonzero()
-    places = None if len(row) == len(labels) * positions else torch.from_numpy(row * positions + place).to(device)
-    return _Batch(asked, places, row, torch.from_numpy(labels[row, place]).to(device))
-
-
-def _each(model: Any, batch: _Batch, objective: str) -> torch.Tensor:
-    """Of every target, its nats or whether it is not the likeliest; float64."""
-    logits = model(**batch.inputs).logits.flatten(0, 1)
-    found = torch.empty(len(batch.ids), dtype=torch.float64, device=logits.device)
-    size = max(1, CHUNK // logits.shape[-1])
-    for start in range(0, len(batch.ids), size):
-        end = min(start + size, len(batch.ids))
-        part = logits[start:end] if batch.places is None else logits[batch.places[start:end]]
-        ids = batch.ids[start:end]
-        if objective == "loss":
-            found[start:end] = torch.nn.functional.cross_entropy(part.float(), ids, reduction="none")
-        else:
-            found[start:end] = part.argmax(dim=-1) != ids
-    return found
-
-
-def _by_row(batch: _Batch, each: torch.Tensor) -> npt.NDArray[np.float64]:
-    count = len(batch.inputs["input_ids"])
-    totals = np.bincount(batch.rows, each.cpu().numpy(), count)
-    return np.asarray(totals / np.bincount(batch.rows, minlength=count).clip(min=1))
 
 
 def train_zeroth_order(
@@ -196,6 +86,7 @@ def train_zeroth_order(
         perturbed(model.eval(), mezo), mu=mezo.mu, kind=mezo.direction, exact=config.method.type == "lora",
         cache=mezo.setting == "speed", clip=mezo.clip,
     )  # fmt: skip
+    sides = sides_of(model, stepper.params) if config.method.type == "lora" and mezo.setting == "speed" else None
     rates = rates_of(config, steps)
     losses = [_replayed(stepper, line, rates[k]) for k, line in enumerate(read_journal(folder / STEPS)) if k < steps]
     if losses:
@@ -214,7 +105,8 @@ def train_zeroth_order(
             if pending.number is not None:
                 break
             seeds = step_seeds(config.seed, "tune", number, mezo.directions)
-            probes = stepper.step(objective_of(model, passes, targets, mezo.objective), seeds, rates[number])
+            objective = objective_of(model, passes, targets, mezo.objective, sides=sides)
+            probes = stepper.step(objective, seeds, rates[number])
             losses.append(_mean(probes))
             journal.append({"seeds": seeds, "scalars": [p.scalar for p in probes], "loss": losses[-1]})
             _require_some_finite(losses, number)
@@ -225,6 +117,11 @@ def train_zeroth_order(
         raise NotFiniteError(f"none of {steps} steps had a finite loss; lower lr or mu, or use --dtype fp32")
     tokens = sum(len(encoded[i].ids) for i in order)
     return Trained(steps, tokens, sum(encoded[i].targets for i in order) / tokens, tuple(known), frozenset(order))
+
+
+def sides_of(model: Any, names: Iterable[str]) -> dict[str, torch.nn.Module]:
+    """Layers of adapters by the names of their weights."""
+    return {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
 
 
 def _replayed(stepper: ZerothOrder, line: Mapping[str, Any], rate: float) -> float | None:
