@@ -46,7 +46,7 @@ from tunings import read, real_rows, write  # noqa: E402
 
 Options = dict[str, Any]
 CHOICE_SEEDS, CHOICE_ROWS = {"stories260k": (100, 101), "base6m": (100,)}, 8
-"""Seeds that rates are chosen on, and rows of a domain; one run may be lucky at a rate at which others lose their way."""
+"""Seeds that rates are chosen on, and rows of a domain; one run may be lucky where others lose their way."""
 CLIENTS = 8
 WIDEST = (1e-7, 1.0)
 """How far rates are sought where the best one is at an end of those tried."""

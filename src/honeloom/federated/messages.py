@@ -291,8 +291,13 @@ def _check_types(plain: dict[str, Any], what: str) -> None:
         raise MessageError(f"{what}: metrics hold something that is no number") from None
     if not all(math.isfinite(value) for value in metrics.values()):
         raise MessageError(f"{what}: metrics hold NaN or infinity")
-    if any(abs(value) > LARGEST for value in metrics.values()) or len(metrics) > MOST_METRICS:
-        raise MessageError(f"{what}: {len(metrics)} metrics, at most {MOST_METRICS} of at most {LARGEST:g} are taken")
+    if len(metrics) > MOST_METRICS:
+        raise MessageError(f"{what}: {len(metrics)} metrics, at most {MOST_METRICS} are taken")
+    if large := [name for name, value in metrics.items() if abs(value) > LARGEST]:
+        raise MessageError(
+            f"{what}: {large[0]:.40} is {metrics[large[0]]:.3g}, at most {LARGEST:g} is taken; where it is a loss, "
+            "lower lr"
+        )
     if "metrics" in plain:
         plain["metrics"] = metrics
     for name in ("rows", "round", "version", "rank"):

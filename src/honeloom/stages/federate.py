@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def execute(work: Work[FederateConfig]) -> Outcome:
     checks = result.verify(_probes(port.held.encoder, held)) + _exactness(config, records)
     outcome = Outcome(
         result.kind, ".", _metrics(records), tuple(checks),
-        {**_details(work, records), **_costs(work, port.modules, on_gpu=port.model.device.type == "cuda")},
+        {**_details(work, records, {n: port.rows(n) for n in port.clients()}), **_costs(work, port)},
         result.relation,
     )  # fmt: skip
     discard(work.dir / STATE)
@@ -110,11 +111,14 @@ def _check_noise(work: Work[FederateConfig], rows: Mapping[str, int]) -> None:
     """Refuse, before anything is trained, what the noise's accounting does not hold for."""
     config, dp = work.config, work.config.privacy.dp
     assert dp is not None  # the caller chose by it
+    spent = []
     for name, count in rows.items():
         try:
-            _spent(config, count, config.rounds)
+            spent.append(_spent(config, count, config.rounds))
         except ConfigError as error:
             raise ConfigError(f"privacy.dp of client {name!r}, which has {count} rows: {error}") from None
+    if spent:
+        work.log.say(f"federate: epsilon {max(spent):.3g} at delta {dp.delta:g} for each row, by the end")
     if RoundStore.read(work.dir):
         work.log.warn("privacy.dp: a round that was interrupted is noised anew, and epsilon counts it once")
 
@@ -125,10 +129,14 @@ def _spent(config: FederateConfig, rows: int, rounds: int) -> float:
     assert dp is not None and mezo.type == "mezo"  # the settings have seen to it
     if config.batch_size > rows:
         raise ConfigError(f"batch_size {config.batch_size} is more than there are; lower it")
-    epsilon = load_target("honeloom.federated.dp:epsilon")
-    return float(
-        epsilon(dp.noise, config.batch_size / rows, config.local_steps * rounds, dp.delta, mezo.directions, rows=rows)
-    )
+    rate, steps = config.batch_size / rows, config.local_steps * rounds
+    return _accounted(dp.noise, rate, steps, dp.delta, mezo.directions, rows)
+
+
+@cache
+def _accounted(noise: float, rate: float, steps: int, delta: float, directions: int, rows: int) -> float:
+    """By the library; clients with as many rows have the same."""
+    return float(load_target("honeloom.federated.dp:epsilon")(noise, rate, steps, delta, directions, rows=rows))
 
 
 def _finished(work: Work[FederateConfig]) -> bool:
@@ -319,11 +327,11 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     return tuple(found)
 
 
-def _costs(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]], *, on_gpu: bool) -> dict[str, Any]:
+def _costs(work: Work[FederateConfig], port: FederatedModel | FederatedWeights) -> dict[str, Any]:
     """What tensors would have cost to send, and gradients to have: bytes by client, and estimated peaks of memory."""
     config, settings = work.config, read_config(work.model())
-    full = config.method == "full"
-    widths = sum(m * n if full else m + n for m, n in modules.values())
+    full, on_gpu = config.method == "full", port.model.device.type == "cuda"
+    widths = sum(m * n if full else m + n for m, n in port.modules.values())
     sizes = {c.id: 4 * widths * (1 if full else c.largest_rank) for c in config.members()}
     found: dict[str, Any] = {"tensor_bytes": sizes}
     if config.optimizer.type != "mezo":
@@ -341,8 +349,10 @@ def _costs(work: Work[FederateConfig], modules: Mapping[str, tuple[int, int]], *
     return {**found, "memory": memory}
 
 
-def _details(work: Work[FederateConfig], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As the contract has it."""
+def _details(
+    work: Work[FederateConfig], records: Sequence[Mapping[str, Any]], known: Mapping[str, int]
+) -> dict[str, Any]:
+    """As the contract has it; `known` is how many rows clients have that are here."""
     config = work.config
     clients: list[dict[str, Any]] = []
     for member in config.members():
@@ -363,8 +373,9 @@ def _details(work: Work[FederateConfig], records: Sequence[Mapping[str, Any]]) -
                 "lr": [c["lr"] if c else None for c in seen],
             }
         )
-        if config.privacy.dp is not None:  # whoever was asked may have told its scalars
-            clients[-1]["epsilon"] = _spent(config, clients[-1]["rows"], len(last)) if clients[-1]["rows"] else None
+        if config.privacy.dp is not None:  # whoever was asked may have told its scalars, refused or late as they came
+            count = clients[-1]["rows"] or known.get(member.id, 0)
+            clients[-1]["epsilon"] = _spent(config, count, len(last)) if count else None
     spent = [c["epsilon"] for c in clients if c.get("epsilon") is not None]
     return {
         "rounds": len(records),

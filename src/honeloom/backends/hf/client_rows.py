@@ -81,6 +81,8 @@ class ClientRows:
             return
         metrics["loss_before"] = self.loss(model, job.client)
         yield metrics
+        if job.settings["optimizer"].get("objective", "loss") != "loss":  # what was trained on is no loss
+            metrics.pop("loss_train", None)
         metrics["loss_after"] = self.loss(model, job.client)
 
     def loss(self, model: Any, client: str) -> float:

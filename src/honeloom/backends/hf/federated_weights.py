@@ -50,6 +50,7 @@ class FederatedWeights:
         if odd := sorted({str(t.dtype) for t in self._params.values()} - {"torch.float32"}):
             raise ConfigError(f"method full: steps on {odd[0]} would be lost in rounding; use --dtype fp32")
         self._base = {name: tensor.clone() for name, tensor in self._params.items()}
+        self._begun: tuple[tuple[float, ...], dict[str, torch.Tensor]] = ((), {})
         self.modules: Mapping[str, tuple[int, int]] = {name: (t.numel(), 1) for name, t in self._params.items()}
 
     def rows(self, client: str) -> int:
@@ -84,11 +85,17 @@ class FederatedWeights:
 
     @torch.no_grad()
     def hold(self, seeds: Sequence[int], sums: Sequence[float], kind: Kind) -> Any:
-        """The model with the base moved along some seeds; the next job changes it."""
+        """The model with the base moved along some seeds; the next job changes it.
+
+        All clients of a round begin alike, so a process that is several of them keeps where that is.
+        """
+        begun = dict(self._begun[1]) if self._begun[0] == tuple(sums) else {}
         for name, tensor in self._params.items():
-            tensor.copy_(self._base[name])
-            if any(sums):
+            tensor.copy_(begun.get(name, self._base[name]))
+            if any(sums) and name not in begun:
                 tensor.add_(accumulated(tensor, name, seeds, sums, kind))
+        if any(sums) and not begun and len(self.held.clients()) > 1:
+            self._begun = (tuple(sums), {name: tensor.clone() for name, tensor in self._params.items()})
         return self.model
 
     def _digest(self) -> str:
