@@ -408,3 +408,22 @@ def test_what_a_client_lacks_is_told_in_its_reply(tmp_path, tiny_model, node, ba
 
 def test_memory_is_empty_at_first():
     assert client_app._remembered(context()) == ClientMemory()
+
+
+@pytest.mark.parametrize(
+    ("dp", "fine"),
+    [
+        (None, False),
+        ({"noise": 0.5, "clip": 1.0}, False),
+        ({"noise": 2.0, "clip": 9.0}, False),
+        ({"noise": 2.0, "clip": 1.0}, True),
+    ],
+)
+def test_a_node_may_demand_noise(dp, fine):
+    node = context(**{"dp-noise": 1.0, "dp-clip": 2.0})
+    if fine:
+        client_app._require_noise(dp, node)
+    else:
+        with pytest.raises(ConfigError, match=r"noise 1 or more and clip 2 or less"):
+            client_app._require_noise(dp, node)
+    client_app._require_noise(dp, context())
