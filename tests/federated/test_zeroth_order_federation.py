@@ -366,7 +366,7 @@ def test_the_mode_of_a_pool_means_its_uplink():
 class Measuring(Hill):
     """Tells a rate by client."""
 
-    rates = {"client-0": 1e-4, "client-1": 4e-4, "client-2": 0.4}
+    rates, times = {"client-0": 1e-4, "client-1": 4e-4, "client-2": 0.4}, 2
 
     def measure(self, job):
         assert job.settings["horizon"] == 24 and job.start and not job.frozen
@@ -375,7 +375,7 @@ class Measuring(Hill):
             "trace": 1 / rate,
             "largest": 0.1 / rate,
             "signal": 0.5,
-            "bound": min(2 * rate, 1.0),
+            "bound": min(self.times * rate, 1.0),
             "rate": rate,
             "mu": 3e-3,
         }
@@ -397,6 +397,14 @@ def test_the_median_of_what_clients_measure_is_the_rate_of_all(tmp_path):
     assert settle(settings(), "test", None, tmp_path) == settings()
 
 
+@pytest.mark.parametrize(("times", "wanted"), [(2, 1.0), (6, 2.0), (100, 3.0)])
+def test_the_mean_of_clients_bears_more_than_one_of_them(tmp_path, times, wanted):
+    """As many times as there are clients, within a third of what they bear without noise."""
+    port = type("P", (Measuring,), {"times": times})(world(settings())[0].targets)
+    engine = InlineEngine({name: ClientCore(name, port) for name in port.targets})
+    assert settle(settings(lr="auto"), "test", engine, tmp_path).lr == pytest.approx(wanted * 4e-4)
+
+
 def test_a_client_that_cannot_measure_costs_itself_alone_and_too_few_end_it(tmp_path):
     found, _ = measuring(tmp_path, settings(lr="auto"), **{"client-1": -1.0})
     assert found.lr == 1e-4 and set(read_measured(tmp_path)["clients"]) == {"client-0", "client-2"}
@@ -412,7 +420,8 @@ def test_a_measured_rate_through_the_door(tmp_path, method):
            "optimizer": {"type": "mezo", "direction": "rademacher"}}  # fmt: skip
     report = honeloom.federate("lab:base", output_dir=tmp_path / "out", **how)
     told = report.details["measured"]
-    assert report.details["clients"][0]["lr"] == [told["rate"]] * 2 and len(told["clients"]) == 2
+    assert report.details["clients"][0]["lr"] == [told["lr"]] * 2 and len(told["clients"]) == 2
+    assert told["lr"] == pytest.approx(max(told["rate"], min(2 * told["rate"], told["bound"] / 3)))
     assert 0 < told["rate"] < told["bound"] and told["rate"] == min(c["rate"] for c in told["clients"].values())
     assert json.loads((tmp_path / "out" / "curvature.json").read_text()) == told
     again = honeloom.federate("lab:base", output_dir=tmp_path / "again", **how)

@@ -16,7 +16,7 @@ from honeloom.federated.messages import Manifest, TrainTask, decode_reply, encod
 from honeloom.federated.rounds import Engine, Silence
 from honeloom.runs.atomic import write_json
 from honeloom.tuning.config import MezoTuningConfig
-from honeloom.tuning.curvature import LADDER
+from honeloom.tuning.curvature import LADDER, SAFETY
 
 __all__ = ["MEASURED", "read_measured", "settle"]
 
@@ -29,7 +29,8 @@ def settle(config: FederateConfig, experiment: str, engine: Engine, folder: Path
     """Ask the clients of the first round, unless an earlier attempt did, and put numbers in the place of `auto`.
 
     The median of the clients' rates and distances is taken, the lower one of two: of three and more, no single client
-    decides, and what cannot be is refused.
+    decides, and what cannot be is refused. A client's rate is what its own batches allow. The mean of N clients has
+    a N-th of their noise, so that N times that is taken, up to `SAFETY` of what the client bears without noise.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ def settle(config: FederateConfig, experiment: str, engine: Engine, folder: Path
     found, mezo = read_measured(folder), config.optimizer
     assert isinstance(mezo, MezoTuningConfig)  # the settings have seen to it
     mu = found["mu"] if mezo.mu == "auto" else mezo.mu
-    lr = found["rate"] if config.lr == "auto" else config.lr
+    lr = found["lr"] if config.lr == "auto" else config.lr
     return config.model_copy(update={"lr": lr, "optimizer": mezo.model_copy(update={"mu": mu})})
 
 
@@ -83,7 +84,9 @@ def _asked(config: FederateConfig, experiment: str, engine: Engine) -> dict[str,
             f"({'; '.join(reasons)}); give lr and mu as numbers"
         )
     medians = {name: statistics.median_low(one[name] for one in told.values()) for name in TOLD}
-    return {**medians, "clients": dict(sorted(told.items()))}
+    together = math.ceil(config.participation * len(tasks) - 1e-9)
+    lr = max(medians["rate"], min(together * medians["rate"], SAFETY * medians["bound"]))
+    return {**medians, "lr": lr, "clients": dict(sorted(told.items()))}
 
 
 def _task(config: FederateConfig, experiment: str, client: str) -> TrainTask:

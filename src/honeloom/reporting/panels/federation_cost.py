@@ -157,9 +157,10 @@ def measured_panel(folder: Path, report: Report) -> Panel | None:
              c["rate"], c["mu"])
             for name, c in clients.items()
         ],
-        note="By forward passes on its own rows, before the first round. The median rate, "
-        f"{number(found['rate'])}, was offered to all; with the gradient of all its rows, steps of the client that "
-        f"bears least go up in the mean from {number(min(bounds))} on.",
+        note="By forward passes on its own rows, before the first round: what a client's batches allow, and from where "
+        f"on steps go up in the mean even with the gradient of all its rows, at least {number(min(bounds))}. All took "
+        f"{number(found['lr'])}: the median rate, times the clients of a round, whose mean has less noise, within a "
+        "third of the median bound.",
         alt=f"Table of what {plural(len(clients), 'client')} measured; rates from {number(min(rates))} to "
         f"{number(max(rates))}",
         file="curvature.json",
