@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from honeloom.backends.hf import tune as tuning
-from honeloom.backends.hf.zeroth_order import CHUNK
+from honeloom.backends.hf.objectives import CHUNK
 from honeloom.errors import CheckpointError
 from honeloom.planning.memory import Work, peak_memory, read_decoder
 
