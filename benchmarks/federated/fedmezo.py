@@ -105,8 +105,8 @@ def goals(found: Mapping[str, Any]) -> str:
     basic = large["arms"][BASIC]
     last = gained(basic, basic["marks"][-1])
     middle, half = interval(last)
-    saved = rounds_saved(found["personal"])["difference (the paper's best)"]
-    fewer, spread = interval(saved)
+    saved = rounds_saved(found["personal"])
+    fewer, spread = interval(np.asarray(saved["difference (the paper's best)"]))
     sent = found["messages"]["ffa, mezo, scalars"]["bytes_up"]
     rows = [
         (f"stories260k, ten times the forward passes: at least 30% of first-order's reduction ({best})",

@@ -113,6 +113,7 @@ RATES: dict[str, Options] = {
     "one rate for all": {},
     "difference (the paper's best)": {"rates": {"statistic": "difference"}},
     "difference, robust": {"rates": {"statistic": "difference", "robust": True}},
+    "difference, robust, spread 0.9": {"rates": {"statistic": "difference", "robust": True, "spread": 0.9}},
     "losses of five rounds": {"rates": {"statistic": "five_rounds"}},
     "random (control)": {"rates": {"statistic": "random"}},
 }
