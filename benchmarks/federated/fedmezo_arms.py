@@ -172,7 +172,7 @@ def messages(at: World) -> dict[str, dict[str, Any]]:
     """Bytes of a client in the second round, in which all that goes on from the first is there."""
     found = {}
     for name, options in MESSAGES.items():
-        short = {"batch_size": 1, "max_length": 24}  # rows change nothing about what travels
+        short = {"batch_size": 1, "max_length": 64}  # rows change nothing about what travels
         done = run(at, {**options, **short}, 1e-6, 0, (2,), at.choice)
         found[name] = done["rounds"][-1]
     return found
