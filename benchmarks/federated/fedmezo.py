@@ -230,7 +230,7 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
         axis.set_title(name)
         top = held(first, 0).mean()
         axis.set_ylim(held(first, first["mark"]).min() - 0.1 * top / 4, top + 0.1)  # what lost its way is out of sight
-        axis.legend(fontsize=7, loc="center left" if name == "base6m" else "lower left")
+        axis.legend(fontsize=7, loc="center left")
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 
