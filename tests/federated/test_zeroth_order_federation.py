@@ -18,6 +18,7 @@ from honeloom.errors import ConfigError, HoneloomError
 from honeloom.federated.client import ClientCore, fresh_factors
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.messages import Manifest, TrainReply, decode_reply, decode_task, digest_of, encode
+from honeloom.federated.privacy import exposure_of
 from honeloom.federated.rounds import InlineEngine, Silence, run_rounds
 from honeloom.federated.scalars import Move, SeedPool, moved_along
 from honeloom.federated.secure_sum import answered, masked
@@ -636,6 +637,15 @@ def test_in_a_secure_sum_of_weights_who_began_elsewhere_is_left_out():
 def test_privacy_that_cannot_be_is_refused(changes, what):
     with pytest.raises(ConfigError, match=what):
         settings(**changes)
+
+
+def test_a_rate_that_is_not_given_suits_the_steps_and_what_is_measured_is_told():
+    for changes, lr in (({}, 1e-4), ({"method": "full", "uplink": "seed-pool", "ranks": 8}, 1e-6)):
+        assert settings(**{**changes, "lr": None}).lr_in(1) == lr
+    adamw = {"optimizer": {"type": "adamw"}, "uplink": "tensors"}
+    assert settings(lr=None, **adamw).lr_in(1) == 2e-4
+    assert "the curvature of its loss" in exposure_of(settings(lr="auto")).server
+    assert "curvature" not in exposure_of(settings()).server
 
 
 # through the door
