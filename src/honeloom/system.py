@@ -6,6 +6,7 @@ No other module imports `fcntl`, `msvcrt` or `resource`, or asks which system it
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -13,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 __all__ = [
-    "WINDOWS", "address_space_limit", "available_memory", "copy_file", "drop_lock", "end_with_parent", "forget_pages",
-    "peak_rss",
-    "replace", "sync_folder", "try_lock", "unportable",
+    "WINDOWS", "address_space_limit", "available_memory", "copy_file", "copy_range", "cores", "drop_lock",
+    "end_with_parent", "forget_pages", "give_back_memory", "peak_rss", "preallocate", "replace", "resident_bytes",
+    "sync_folder", "try_lock", "unportable",
 ]  # fmt: skip
 
 WINDOWS: bool = sys.platform == "win32"
@@ -98,6 +100,11 @@ else:
 
     def peak_rss() -> int:
         """Peak resident bytes of this process."""
+        status = Path("/proc/self/status")
+        if status.exists():  # getrusage on Linux also counts what the process was before it became this program
+            line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)
+            if line is not None:
+                return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -154,6 +161,70 @@ def copy_file(source: Path, target: Path) -> None:
                 while left and (count := os.copy_file_range(read.fileno(), write.fileno(), left)):
                     left -= count
         shutil.copyfileobj(read, write, 1 << 20)
+
+
+def copy_range(source: Path, offset: int, target: FileIO, place: int, count: int) -> None:
+    """Copy bytes from one file into another, in the kernel where it can.
+
+    Raises
+    ------
+    OSError
+        The source is shorter, or the disk is full.
+    """
+    with open(source, "rb", buffering=0) as file:
+        done = 0
+        while done < count:
+            moved = _moved(file, offset + done, target, place + done, count - done)
+            if not moved:
+                raise OSError(errno.EIO, "became shorter while it was copied", str(source))
+            done += moved
+
+
+def _moved(source: FileIO, offset: int, target: FileIO, place: int, count: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            if moved := os.copy_file_range(source.fileno(), target.fileno(), count, offset, place):
+                return moved  # 0 also means that this file system cannot
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF):
+                raise
+    source.seek(offset)
+    target.seek(place)
+    return target.write(source.read(min(count, 1 << 23)))
+
+
+def preallocate(file: FileIO, size: int) -> None:
+    """Give a file its final size, with its room on the disk reserved where the system can."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    file.truncate(size)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process now, where the system tells (Linux); else the peak."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_rss()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_memory() -> None:
+    """Return to the system what the allocator keeps of freed memory, where it can be asked to (glibc)."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_pages(fd: int, start: int, length: int) -> None:

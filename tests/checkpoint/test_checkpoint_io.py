@@ -234,7 +234,7 @@ def test_config_with_changes(tmp_path, config, wanted):
     target.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     (source / "generation_config.json").write_bytes(b'{"x": 1}')
-    copy_config(source, target, dtype="float16", layers=3)
+    copy_config(source, target, dtype="float16", changes={"layers": 3})
     assert read_config(target) == {**wanted, "layers": 3}
     assert list(read_config(target))[: len(config)] == list(config)
     assert (target / "generation_config.json").read_bytes() == b'{"x": 1}'

@@ -251,10 +251,11 @@ class LoraAdapter:
 
     def _read(self, factors: LoraFactors) -> tuple[torch.Tensor, torch.Tensor]:
         """B and A in float64; the last pair is kept, for a tensor comes in many pieces."""
-        if self._held is None or self._held[0] is not factors:
+        held = self._held  # another thread may put its own pair there
+        if held is None or held[0] is not factors:
             b, a = (self.weights.read(name, torch.float64) for name in (factors.b_name, factors.a_name))
-            self._held = (factors, b, a)
-        return self._held[1:]
+            self._held = held = (factors, b, a)
+        return held[1:]
 
     def close(self) -> None:
         """Close the file."""

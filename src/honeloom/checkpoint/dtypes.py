@@ -6,7 +6,7 @@ import torch
 
 from honeloom.errors import CheckpointError
 
-__all__ = ["FLOAT_DTYPES", "format_name", "torch_dtype"]
+__all__ = ["FLOAT8_DTYPES", "FLOAT_DTYPES", "format_name", "torch_dtype"]
 
 _TORCH: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -19,6 +19,8 @@ _FORMAT = {dtype: name for name, dtype in _TORCH.items()}
 
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 """Format names of the types that weights are computed in."""
+FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+"""Format names of the types that weights are only stored in."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

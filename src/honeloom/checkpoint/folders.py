@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +62,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def copy_config(source: Path, target: Path, **changes: Any) -> None:
-    """Copy `config.json` with changes, and `generation_config.json` as it is.
+def copy_config(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    drop: Sequence[str] = (),
+    generation: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy `config.json` and `generation_config.json` with changes.
 
     Parameters
     ----------
     source, target : Path
         Model folders.
-    **changes
-        Keys to set. `dtype` ("bfloat16") also replaces the older key `torch_dtype` and the
-        dtype of nested configurations.
+    dtype : str, optional
+        "bfloat16", for example; replaces `dtype`, the older key `torch_dtype`, and those of nested configurations.
+    drop : sequence of str
+        Keys to leave out.
+    generation : mapping, optional
+        Keys to set in `generation_config.json`, where there is one.
+    changes : mapping, optional
+        Keys to set in `config.json`.
     """
-    config = read_config(source)
-    dtype = changes.pop("dtype", None)
+    config = {key: value for key, value in read_config(source).items() if key not in drop}
     if dtype is not None:
         for part in (config, *_nested(config)):
             _set_dtype(part, dtype, add=part is config)
-    config.update(changes)
+    config.update(changes or {})
     _write(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    generation = source / "generation_config.json"
-    if generation.is_file():
-        copy_file(generation, target / "generation_config.json")
+    file = source / "generation_config.json"
+    if file.is_file() and generation:
+        content = {**json.loads(file.read_bytes()), **generation}
+        _write(target / file.name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    elif file.is_file():
+        copy_file(file, target / file.name)
 
 
 def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

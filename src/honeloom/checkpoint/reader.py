@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -31,7 +32,7 @@ class Checkpoint:
     """The weights of a model folder, read lazily from one file or from shards.
 
     Reads copy exactly the bytes asked for, so what stays resident is what the caller keeps.
-    `bytes_read` counts them. Use as a context manager, or call `close`.
+    `bytes_read` counts them. Threads may read at the same time. Use as a context manager, or call `close`.
 
     Parameters
     ----------
@@ -60,7 +61,8 @@ class Checkpoint:
                     )
                 self._where[info.name] = (path, info)
         self._stack = ExitStack()
-        self._open: dict[Path, FileIO] = {}
+        self._lock = threading.Lock()
+        self._open = threading.local()  # a file's place is its own in every thread
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -116,31 +118,50 @@ class Checkpoint:
         Tensor
             Shape (stop - start,), owning its memory, converted to `dtype` if given.
         """
+        info = self.info(name)
+        stored = torch_dtype(info.dtype)
+        data = torch.empty(max(0, stop - start), dtype=stored)
+        self.read_into(name, start, stop, data.view(torch.uint8).numpy().data)
+        return data if dtype is None else data.to(dtype)
+
+    def read_into(self, name: str, start: int, stop: int, buffer: memoryview) -> None:
+        """Read the bytes of elements start..stop as they are stored into a buffer of that size."""
         path, info = self._find(name)
         if not 0 <= start <= stop <= info.elements:
             raise ValueError(f"{name!r}: elements {start}..{stop} of {info.elements}")
-        stored = torch_dtype(info.dtype)
-        data = torch.empty(stop - start, dtype=stored)
-        offset = self._headers[path].data_start + info.start + start * stored.itemsize
-        self._read_into(path, offset, data.view(torch.uint8).numpy().data)
-        return data if dtype is None else data.to(dtype)
+        size = torch_dtype(info.dtype).itemsize
+        if len(buffer) != (stop - start) * size:
+            raise ValueError(f"{name!r}: {len(buffer)} bytes for {stop - start} elements of {size} bytes each")
+        self._read_into(path, self.place(name)[1] + start * size, buffer)
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file of a tensor, and the offset in it where its data begins."""
+        path, info = self._find(name)
+        return path, self._headers[path].data_start + info.start
 
     def _read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(FileIO(path))
-        file, done = self._open[path], 0
+        file, done = self._file(path), 0
         file.seek(offset)
         while done < len(buffer):  # one call reads at most 2 GiB
             count = file.readinto(buffer[done:])
             if not count:
                 raise CheckpointError(f"{path}: became shorter while it was read; is something else writing it?")
             done += count
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
+
+    def _file(self, path: Path) -> FileIO:
+        files = self._open.__dict__
+        if str(path) not in files:
+            with self._lock:
+                files[str(path)] = self._stack.enter_context(FileIO(path))
+        opened: FileIO = files[str(path)]
+        return opened
 
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
-        self._open.clear()
+        self._open = threading.local()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -193,8 +214,8 @@ def _no_weights(folder: Path) -> str:
     pickle = next((n for n in held if n.endswith(_PICKLES)), None)
     if pickle:
         return (
-            f"{folder / pickle}: pickled weights can run code when they are opened, so honeloom never reads them; "
-            "convert them to safetensors with the tool that made them"
+            f"{folder / pickle}: pickled weights can run code when they are opened, so honeloom works on safetensors "
+            f"alone; make them with `honeloom convert {folder} OUT`, which runs no code of the file"
         )
     found = ", ".join(held[:8]) or "nothing"
     return f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; found {found}"

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from honeloom.ops.noise import COS_FIT, LN2, LOG_FIT, SIN_FIT, SQRT_HALF_BITS
 
-__all__ = ["accumulate", "add", "add_drawn", "copy", "fill"]
+__all__ = ["accumulate", "add", "add_drawn", "copy", "fill", "words"]
 
 BLOCK = 4096
 """Numbers at a time; a multiple of the 128 signs that one counter gives."""
@@ -43,7 +43,7 @@ def _compiled(function: _Function) -> _Function:
 
 
 @_compiled
-def _words(even: Words, odd: Words, first: int, counters: int, k0: int, k1: int) -> None:
+def words(even: Words, odd: Words, first: int, counters: int, k0: int, k1: int) -> None:
     """Outputs of some counters: words 0 and 2 of each, and words 1 and 3, apart. One plain loop, which vectorises."""
     for i in range(counters):
         a, b, c, d = _U64(first + i) & _LOW, _U64(first + i) >> _HALF, _U64(0), _U64(0)
@@ -115,11 +115,11 @@ def _draw(signs: bool, z: Floats, even: Words, odd: Words, first: int, size: int
     """Elements of a stream from a multiple of 128 on, at most a block; a counter gives 4 numbers or 128 signs."""
     if signs:
         counters = (size + 127) // 128
-        _words(even, odd, first // 128, counters, k0, k1)
+        words(even, odd, first // 128, counters, k0, k1)
         _spread(even, odd, z, 2 * counters)
     else:
         counters = (size + 3) // 4
-        _words(even, odd, first // 4, counters, k0, k1)
+        words(even, odd, first // 4, counters, k0, k1)
         _roots(even, z, 2 * counters)  # z has room for the exponents
         _turns(odd, even.view(np.float32), z, 2 * counters)
 

@@ -48,7 +48,7 @@ def commit_point(label: str) -> None:
 
 def fsync_file(path: Path) -> None:
     """Flush one file's content to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR if system.WINDOWS else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -10,24 +10,30 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from honeloom.errors import SourceError
 from honeloom.runs.atomic import canonical_json, commit_point, fsync_dir, fsync_file, write_bytes
-from honeloom.system import available_memory, forget_pages
+from honeloom.system import available_memory, cores, forget_pages
 
 __all__ = [
     "MANIFEST", "Problem", "find_damage", "load_manifest", "refresh_manifest", "render_manifest", "sha256_file",
-    "verify_folder", "write_manifest",
+    "sha256_files", "verify_folder", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SCHEMA = "honeloom.manifest/1"
 _UNLISTED = "not in the manifest"
 _LARGE, _PIECE = 1 << 30, 1 << 24
+_WORTH_KEEPING, _SETTLED = 1 << 20, 2.0
+_hashed: dict[tuple[int, ...], str] = {}
+"""Digests of large files that this process has read: their place on the disk, size and times of change -> digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +46,40 @@ class Problem:
     found: str | int | None = None
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, *, anew: bool = False) -> str:
     """Hex SHA-256 of a file's content.
 
     A file that would push everything else out of the page cache leaves it again while it is read;
-    a smaller one stays there, as it is usually loaded next.
+    a smaller one stays there, as it is usually loaded next. With `anew` the file is read even if this process has
+    hashed it before and it has not changed since.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < _LARGE or size < available_memory() // 2:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest, done = hashlib.sha256(), 0
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            forget_pages(file.fileno(), done, len(piece))
-            done += len(piece)
-        return digest.hexdigest()
+        found = os.fstat(file.fileno())
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if anew or state not in _hashed:
+            digest = _sha256(file, found.st_size)
+            # Times of change are coarse: what has just been written may change without a trace.
+            if found.st_size >= _WORTH_KEEPING and time.time() - found.st_mtime > _SETTLED:
+                _hashed[state] = digest
+            return digest
+        return _hashed[state]
+
+
+def sha256_files(paths: Sequence[Path]) -> dict[Path, str]:
+    """Hex SHA-256 of several files, as many at a time as there are processors."""
+    with ThreadPoolExecutor(cores()) as crew:
+        return dict(zip(paths, crew.map(sha256_file, paths), strict=True))
+
+
+def _sha256(file: BufferedReader, size: int) -> str:
+    if size < _LARGE or size < available_memory() // 2:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, done = hashlib.sha256(), 0
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+        forget_pages(file.fileno(), done, len(piece))
+        done += len(piece)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, key: str, verb: str) -> None:
@@ -74,7 +98,8 @@ def write_manifest(folder: Path, key: str, verb: str) -> None:
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # some libraries write files that only their owner may read
     for name in _files(folder):
         path = folder / name
-        path.chmod(mode)
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
         commit_point(f"fsync {name}")
         fsync_file(path)
         files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
@@ -142,7 +167,7 @@ def _check(
     size = path.stat().st_size
     if size != entry["size"]:
         return Problem(name, "wrong size", entry["size"], size)
-    digest = sha256_file(path)
+    digest = sha256_file(path, anew=True)
     if digest != entry["sha256"]:
         return Problem(name, "wrong content", entry["sha256"], digest)
     fault = inspect(path) if inspect else None
