@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from honeloom.config.base import collect_inputs
-from honeloom.merging.config import MergeConfig
+from honeloom.merging.merge_config import MergeConfig
 from honeloom.runs.log import Log, QuietConsole
 from honeloom.stages.inputs import resolve_model
 from honeloom.stages.merge import execute
@@ -53,7 +53,10 @@ class MergeRun:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.log = Log(QuietConsole())
+        self.said: list[str] = []
+        console = QuietConsole()
+        console.say = self.said.append  # type: ignore[method-assign]
+        self.log = Log(console)
         self.out = root
 
     def __call__(self, **settings: Any) -> Outcome:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig
 
 from honeloom.checkpoint.headers import TensorInfo
@@ -32,7 +35,6 @@ def check(changes: dict, tensors=None) -> None:
         ("vocab_size", 7),
         ("rms_norm_eps", 1e-5),
         ("hidden_act", "gelu"),
-        ("tie_word_embeddings", True),
         ("attention_bias", True),
         ("sliding_window", 128),
         ("rope_parameters", {"rope_theta": 500000.0, "rope_type": "default"}),
@@ -90,18 +92,60 @@ def test_tensor_names_and_shapes():
         check({}, {"w": TensorInfo("w", "F32", (3, 2), 0, 24)})
 
 
-def test_tokenizers(tmp_path):
-    folders = {name: tmp_path / name for name in ("one", "same", "other", "template", "none")}
-    for name, folder in folders.items():
-        folder.mkdir()
-        if name != "none":
-            (folder / "tokenizer.json").write_text("other" if name == "other" else "x")
-            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A"}))
-    (folders["template"] / "chat_template.jinja").write_text("B")
-    (folders["same"] / "chat_template.jinja").write_text("A")
-    warnings = compare_tokenizers(folders)
-    assert [w.split(";")[0] for w in warnings] == [
-        "one and other have different tokenizers",
-        "one and template have different chat templates",
-    ]
-    assert compare_tokenizers({"none": folders["none"]}) == []
+def tokenizer(folder: Path, vocab: dict[str, int], template: str | None = None) -> Path:
+    folder.mkdir()
+    Tokenizer(WordLevel({**vocab, "<unk>": 99}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
+    return folder
+
+
+def compare(*folders: Path, by_token: bool = False, template_chosen: bool = False) -> list[str]:
+    return compare_tokenizers({f.name: f for f in folders}, by_token=by_token, template_chosen=template_chosen)
+
+
+def test_equal_ids_of_different_tokens_are_refused(tmp_path):
+    one, two = tokenizer(tmp_path / "one", {"a": 0, "b": 1}), tokenizer(tmp_path / "two", {"b": 0, "a": 1})
+    with pytest.raises(IncompatibleModelsError, match="token id 0 is 'a' and 'b'; set tokenizer: base or"):
+        compare(one, two)
+    assert compare(one, two, by_token=True) == []
+
+
+def test_a_token_that_one_has_alone_is_told(tmp_path):
+    one, two = tokenizer(tmp_path / "one", {"a": 0}), tokenizer(tmp_path / "two", {"a": 0, "c": 2})
+    [word] = compare(one, two)
+    assert "the tokenizers of one and two differ: 1 tokens are in one of them alone (first 'c')" in word
+
+
+def test_different_templates_must_be_chosen_between(tmp_path):
+    one, two = tokenizer(tmp_path / "one", {"a": 0}, "A"), tokenizer(tmp_path / "two", {"a": 0}, "B")
+    with pytest.raises(IncompatibleModelsError, match=r"one, two differ.*chat_template: auto \(that of one\)"):
+        compare(one, two)
+    [word] = compare(one, two, template_chosen=True)
+    assert "differ" in word
+
+
+def test_a_donor_without_the_others_template_is_told(tmp_path):
+    one, two = tokenizer(tmp_path / "one", {"a": 0}), tokenizer(tmp_path / "two", {"a": 0}, "B")
+    [word] = compare(one, two)
+    assert "to keep it, set chat_template: two" in word
+
+
+def test_folders_without_a_tokenizer_are_passed_over(tmp_path):
+    (tmp_path / "none").mkdir()
+    assert compare(tmp_path / "none") == []
+    assert compare(tmp_path / "none", tokenizer(tmp_path / "one", {"a": 0})) == []
+
+
+def test_fields_that_a_user_lets_differ():
+    changes = {"rms_norm_eps": 1e-4}
+    with pytest.raises(IncompatibleModelsError, match=r"set accept: \[rms_norm_eps\]"):
+        check(changes)
+    check_compatible({"one": CONFIG, "two": {**CONFIG, **changes}}, {"one": TENSORS, "two": TENSORS},
+                     accept=["rms_norm_eps"])  # fmt: skip
+
+
+def test_rows_of_tokens_may_differ_in_number():
+    more = {"w": TensorInfo("w", "F32", (5, 3), 0, 60)}
+    with pytest.raises(IncompatibleModelsError, match="if these are rows of tokens, set tokenizer"):
+        check({}, more)
+    check_compatible({"one": CONFIG, "two": {**CONFIG, "vocab_size": 5}}, {"one": TENSORS, "two": more}, by_token=["w"])

@@ -1,146 +1,168 @@
-"""The three rules on hand-worked numbers, and their laws."""
+"""What holds for every merge method: the conformance suite, ranges, threads, inputs, names."""
 
 from __future__ import annotations
 
-import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merging_checks import drawn, dtypes, require_same_bits_in_pieces, shapes
 
-from honeloom.errors import ConfigError
-from honeloom.merging.linear import linear
-from honeloom.merging.recompute import last_place_error
-from honeloom.merging.slerp import slerp, slerp_weights
-from honeloom.merging.task_arithmetic import task_arithmetic
-from honeloom.ops.noise import normal
-from honeloom.ops.rounding import round_once
+from honeloom.merging import METHODS
+from honeloom.merging.engine.tensors import Rule
+from honeloom.merging.linear import require_models, weight_total, weighted_sum
+from honeloom.registry import load_target
+from honeloom.testing import check_merge_method
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*are opposite", "ignore:.*directions of the models cancel", "ignore:.*raise max_iter"
+)
 
-def t(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def test_linear_by_hand():
-    assert linear([t(1, 2), t(3, 6)], [1, 3]).tolist() == [2.5, 5]
-    assert linear([t(1, 2), t(3, 6)], [1, 3], normalize=False).tolist() == [10, 20]
-    assert linear([t(1, 2), t(3, 6)], [1, 1]).dtype == torch.float64
-    assert linear([t(3, 6)], [0.7]).tolist() == pytest.approx([3, 6])
-
-
-def test_linear_refuses_what_has_no_answer():
-    with pytest.raises(ConfigError, match="sum to 0"):
-        linear([t(1), t(2)], [1, -1])
-    with pytest.raises(ValueError, match="one weight per tensor"):
-        linear([t(1), t(2)], [1])
-    with pytest.raises(ValueError, match="0 tensors"):
-        linear([], [])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_average_of_equals_is_bit_exact(dtype):
-    x = normal(0, "x", 4096).to(dtype)
-    assert torch.equal(linear([x, x, x], [1 / 3] * 3).to(dtype), x)
-
-
-def test_task_arithmetic_by_hand():
-    assert task_arithmetic(t(1, 1), [t(2, 1), t(1, 3)], [0.5, 0.25], scale=2).tolist() == [2, 2]
-    assert task_arithmetic(t(0, 0), [t(2, 4), t(4, 8)], [1, 3], normalize=True).tolist() == [3.5, 7]
-    with pytest.raises(ConfigError, match="sum to 0"):
-        task_arithmetic(t(1), [t(1), t(2)], [1, -1], normalize=True)
+RULES: dict[str, Rule] = {row.name: load_target(row.target) for row in METHODS}
+MODELS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1, "passthrough": 1}
+FAITHFUL = {"ties": {"density": 1.0}, "dare_linear": {"density": 1.0}, "dare_ties": {"density": 1.0, "normalize": True},
+            "della": {"density": 1.0}, "della_linear": {"density": 1.0}, "breadcrumbs": {"density": 1.0, "gamma": 0.0},
+            "breadcrumbs_ties": {"density": 1.0, "normalize": True}, "sce": {"select_topk": 1.0}}  # fmt: skip
+"""Settings with which copies of a model give that model."""
+NEVER = {"nearswap", "arcee_fusion", "magmax", "tsv_m", "iso_c"}
+VARIANTS = [
+    *((name, {}) for name in RULES),
+    *FAITHFUL.items(),
+    ("linear", {"normalize": False}),
+    ("slerp", {"t": 0.3}),
+    ("nuslerp", {"flatten": False}),
+    ("nuslerp", {"flatten": False, "row_wise": True}),
+    ("multislerp", {"normalize": False}),
+    ("task_arithmetic", {"normalize": True}),
+    ("dare_linear", {"rescale": "l1", "normalize": True}),
+    ("dare_ties", {"rescale": "none"}),
+    ("della", {"rescale": "l1", "epsilon": 0.3}),
+    ("della_linear", {"rescale": "none", "normalize": True}),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.2}),
+    ("sce", {"select_topk": 0.5}),
+    ("model_stock", {"filter_wise": True}),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_task_arithmetic_ends(dtype):
-    base, tuned = normal(0, "b", 4096).to(dtype), normal(0, "t", 4096).to(dtype)
-    assert torch.equal(task_arithmetic(base, [tuned], [1], scale=0).to(dtype), base)
-    assert torch.equal(task_arithmetic(base, [tuned], [1]).to(dtype), tuned)
+@pytest.mark.parametrize(("name", "given_settings"), VARIANTS)
+def test_conforms(name, given_settings):
+    rule = RULES[name]
+    copies = name not in NEVER and (name not in FAITHFUL or given_settings == FAITHFUL[name])
+    for needs_base in {rule.needs_base, rule.needs_base or name in ("nuslerp", "multislerp")}:
+        check_merge_method(rule, needs_base=needs_base, models=MODELS.get(name, 3), copies=copies, **given_settings)
 
 
-def test_slerp_by_hand():
-    torch.testing.assert_close(slerp(t(1, 0), t(0, 2)), torch.tensor([0.5**0.5, 2**0.5]).double(), rtol=1e-7, atol=0)
-    third = slerp(t(1, 0), t(0, 1), t=1 / 3).tolist()
-    assert third == pytest.approx([math.cos(math.pi / 6), 0.5])
+def test_a_plain_function_conforms_and_a_bad_one_does_not():
+    def average(tensors, weights, *, share=1.0):
+        return weighted_sum(tensors, weights) * share
+
+    check_merge_method(average, needs_base=False)
+    check_merge_method(lambda t, w, base: weighted_sum(t, w) + 0 * base, needs_base=True)
+    with pytest.raises(AssertionError, match="does not give that model"):
+        check_merge_method(average, needs_base=False, share=0.9)
+    check_merge_method(average, needs_base=False, copies=False, share=0.9)
+    with pytest.raises(AssertionError, match="float32"):
+        check_merge_method(lambda t, w: weighted_sum(t, w).float(), needs_base=False)
+    with pytest.raises(AssertionError, match="input was changed"):
+        check_merge_method(lambda t, w: t[0].mul_(2).double(), needs_base=False)
+    calls = iter(range(99))
+    with pytest.raises(AssertionError, match="second call"):
+        check_merge_method(lambda t, w: weighted_sum(t, w) + next(calls), needs_base=False)
+    restless = Rule(lambda tensors: lambda start, stop: tensors.models[0](start, stop) + (stop - start < 50))
+    with pytest.raises(AssertionError, match="other ranges"):
+        check_merge_method(restless, needs_base=False, copies=False)
 
 
-def test_slerp_ends_and_symmetry():
-    a, b = normal(0, "a", 1000).view(10, 100), normal(0, "b", 1000).view(10, 100)
-    assert torch.equal(slerp(a, b, t=0), a.double())
-    assert torch.equal(slerp(a, b, t=1), b.double())
-    assert slerp(a, b, t=0.3).shape == (10, 100)
-    torch.testing.assert_close(slerp(a, b, t=0.3), slerp(b, a, t=0.7), rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize(("name", "given_settings"), VARIANTS)
+@settings(max_examples=12, deadline=None)
+@given(shape=shapes, dtype=dtypes)
+def test_ranges_do_not_change_a_bit_for_any_shape_and_type(name, given_settings, shape, dtype):
+    rule = RULES[name]
+    base, *tensors = drawn(shape, 1 + MODELS.get(name, 3), dtype)
+    extra = {"base": base} if rule.needs_base else {}
+    weights = [0.5 + k for k in range(len(tensors))]
+    merged = require_same_bits_in_pieces(rule, tensors, weights, settings=given_settings, **extra)
+    assert merged.shape == tensors[0].shape and bool(torch.isfinite(merged).all())
 
 
-def test_slerp_keeps_the_length_of_equally_long_vectors():
-    a, b = normal(0, "a", 1000).double(), normal(0, "b", 1000).double()
-    a, b = a / a.norm(), b / b.norm()
-    for share in (0.1, 0.5, 0.9):
-        middle = slerp(a, b, t=share)
-        assert float(middle.norm()) == pytest.approx(1, rel=1e-12)
-        angle, part = (math.acos(float(x)) for x in (a @ b, a @ middle))
-        assert part == pytest.approx(share * angle, rel=1e-9)
-
-
-def test_slerp_where_no_arc_is_defined():
-    assert slerp(t(1, 2), t(1, 2)).tolist() == [1, 2]
-    assert slerp(t(0, 0), t(2, 4)).tolist() == [1, 2]
-    assert slerp(t(1, 2), t(-1, -2)).tolist() == [0, 0]
-    assert slerp(t(1, 0), t(1, 1e-8)).tolist() == pytest.approx([1, 5e-9])
-    assert slerp(torch.zeros(0), torch.zeros(0)).shape == (0,)
-    assert math.isnan(float(slerp(t(math.nan), t(1.0))))
-
-
-def test_slerp_near_the_fallback_is_continuous():
-    a, other = t(1, 0).double(), lambda angle: torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
-    for angle in (0.99e-6, 1.01e-6):
-        wanted = other(0.3 * angle)
-        torch.testing.assert_close(slerp(a, other(angle), t=0.3), wanted, rtol=0, atol=1e-12)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 200_000), st.floats(0, 1))
-def test_slerp_weights_satisfy_the_sine_rule(count, share):
-    a, b = normal(0, "a", count).double(), normal(0, "b", count).double()
-    one, two = slerp_weights(lambda i, j: a[i:j], lambda i, j: b[i:j], count, t=share)
-    cosine = float(a @ b / (a.norm() * b.norm()))
-    if abs(cosine) < 1 - 1e-9:
-        assert one**2 + two**2 + 2 * one * two * cosine == pytest.approx(1, rel=1e-6)
-
-
-def test_threads_do_not_change_a_bit():
-    a, b = normal(0, "a", 300_000), normal(0, "b", 300_000)
+@pytest.mark.parametrize(("name", "given_settings"), VARIANTS)
+def test_threads_and_blocks_do_not_change_a_bit(name, given_settings):
+    rule = RULES[name]
+    shape = (190, 210) if name in ("tsv_m", "iso_c") else (300, 250)  # the latter: two blocks
+    base, *tensors = drawn(shape, 1 + MODELS.get(name, 3))
+    extra = {"base": base} if rule.needs_base else {}
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append((slerp(a, b, t=0.4), linear([a, b], [0.3, 0.7]), task_arithmetic(a, [b], [0.4])))
+            results.append(rule(tensors, **extra, **given_settings))
+            assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert torch.equal(*results)
+    assert torch.equal(results[0], require_same_bits_in_pieces(rule, tensors, settings=given_settings, **extra))
 
 
-def test_inputs_stay_as_they_are():
-    a, b = t(1, 2), t(3, 4)
-    linear([a, b], [1, 2])
-    task_arithmetic(a, [b], [1], scale=2)
-    slerp(a, b)
-    assert (a.tolist(), b.tolist()) == ([1, 2], [3, 4])
+@pytest.mark.parametrize("name", [n for n in RULES if n not in ("slerp", "nuslerp", *MODELS)])
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(3)))
+def test_the_order_of_models_does_not_matter(name, order):
+    if name in ("dare_linear", "dare_ties", "della", "della_linear"):
+        chosen = {"density": 1.0}  # what is dropped is a matter of the place
+    else:
+        chosen = {"density": (0.3, 0.6, 0.9)} if name in ("ties", "breadcrumbs", "breadcrumbs_ties") else {}
+    base, *tensors = drawn((7, 9), 4)
+    extra = {"base": base} if RULES[name].needs_base else {}
+    merged = RULES[name](tensors, [1.0, 2.0, 0.5], **extra, **chosen)
+    moved = {k: tuple(v[i] for i in order) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    again = RULES[name]([tensors[i] for i in order], [[1.0, 2.0, 0.5][i] for i in order], **extra, **moved)
+    torch.testing.assert_close(again, merged, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_last_place_error_measures_rounding(dtype):
-    exact = normal(0, "e", 10_000, dtype=torch.float64).numpy()
-    rounded = round_once(torch.from_numpy(exact), dtype)
-    error = last_place_error(rounded, exact, abs(exact))
-    assert 0.4 < error <= 0.5
-    off = (
-        torch.nextafter(rounded.float(), torch.full_like(rounded, 9).float())
-        if dtype == torch.float32
-        else rounded * 1.02
-    )
-    assert last_place_error(off.to(dtype), exact, abs(exact)) > 0.5
-    damaged = rounded.clone()
-    damaged[3] = math.nan
-    assert last_place_error(damaged, exact, abs(exact)) == math.inf
+@pytest.mark.parametrize("name", [n for n, rule in RULES.items() if rule.needs_base])
+def test_a_base_is_asked_for(name):
+    with pytest.raises(Exception, match="needs base_model") as caught:
+        RULES[name](drawn((3, 4), MODELS.get(name, 2)))
+    assert type(caught.value).__name__ == "ConfigError"
+
+
+@pytest.mark.parametrize(("name", "count", "wanted"), [
+    ("slerp", 3, "slerp takes exactly 2 models, found 3"), ("slerp", 1, "exactly 2 models, found 1"),
+    ("nuslerp", 3, "nuslerp takes exactly 2 models, found 3"), ("nearswap", 2, "exactly 1 model, found 2"),
+    ("arcee_fusion", 2, "arcee_fusion takes exactly 1 model, found 2"),
+    ("passthrough", 2, "passthrough takes exactly 1 model, found 2"),
+    ("model_stock", 1, "model_stock takes at least 2 models, found 1"),
+])  # fmt: skip
+def test_a_number_of_models_that_a_method_cannot_merge_is_refused(name, count, wanted):
+    base, *tensors = drawn((3, 4), 1 + count)
+    extra = {"base": base} if RULES[name].needs_base else {}
+    with pytest.raises(Exception, match=wanted) as caught:
+        RULES[name](tensors, **extra)
+    assert type(caught.value).__name__ == "ConfigError"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_weight_per_tensor(name):
+    for tensors, weights in (([torch.ones(2)], [1.0, 2.0]), ([], [])):
+        with pytest.raises(ValueError, match="one weight per tensor"):
+            RULES[name](tensors, weights)
+
+
+def test_shared_checks():
+    assert weight_total([0.1, 0.2]) == pytest.approx(0.3)
+    for weights in ([1, -1], [0.1, 0.2, -0.3], [0.0]):
+        with pytest.raises(Exception, match="sum to 0; set normalize to false"):
+            weight_total(weights)
+    require_models(type("T", (), {"models": (1, 2)})(), "x", 1, None)
+    for tensors, weights in (([torch.ones(2)], [1.0, 2.0]), ([], [])):
+        with pytest.raises(ValueError, match="one weight per tensor"):
+            weighted_sum(tensors, weights)
+
+
+def test_the_table_does_not_import_torch():
+    code = "import sys, honeloom.merging; assert len(honeloom.merging.METHODS) == 23; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

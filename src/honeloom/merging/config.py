@@ -1,114 +1,291 @@
-"""Settings of `merge`; also reads mergekit's YAML."""
+"""Settings of the merge methods; those of the command are in `merge_config`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from honeloom.config.base import Config, ModelInput, OptionalModelInput, VerbConfig
-from honeloom.config.methods import MethodConfig, default_type
+from honeloom.config.methods import MethodConfig
+from honeloom.merging.parameters import Bounded, Varying
 
-__all__ = ["LinearConfig", "MergeConfig", "MergeMethod", "SlerpConfig", "Source", "TaskArithmeticConfig"]
+__all__ = [
+    "ArceeFusionConfig", "BreadcrumbsConfig", "BreadcrumbsTiesConfig", "DareLinearConfig", "DareTiesConfig",
+    "DellaConfig", "DellaLinearConfig", "FisherConfig", "IsoCConfig", "KarcherConfig", "LinearConfig", "MagmaxConfig",
+    "MergeMethodConfig", "ModelStockConfig", "MultislerpConfig", "NearswapConfig", "NuslerpConfig", "PassthroughConfig",
+    "RegmeanConfig", "SceConfig", "SlerpConfig", "TaskArithmeticConfig", "TiesConfig", "TsvMConfig", "keeps_equal",
+    "plan_settings",
+]  # fmt: skip
+
+Any_ = Annotated[Varying, Bounded()]
+Share = Annotated[Varying, Bounded(gt=0, le=1)]
+Part = Annotated[Varying, Bounded(ge=0, le=1)]
+Positive = Annotated[Varying, Bounded(gt=0)]
+
+_DENSITY = "Share of each task vector's entries that is kept, tensor by tensor."
+_SCALE = "Multiplier on the merged task vector (the paper's lambda)."
+_NORMALIZE = "Divide by the sum of the weights."
+_RESCALE = (
+    "What makes up for dropped entries: inverse divides by the probability to be kept, which leaves the expectation as "
+    "it was; l1 keeps the sum of absolute values, as mergekit does; none."
+)
+Rescale = Literal["inverse", "l1", "none"]
 
 
-class LinearConfig(MethodConfig):
+class MergeMethodConfig(MethodConfig):
+    """What the command must know of a method."""
+
+    base: ClassVar[Literal["needed", "allowed", "start", "unused"]] = "unused"
+    """Whether base_model is the origin of task vectors, or (start) the model at one end of an arc."""
+    counts: ClassVar[tuple[int, int | None]] = (1, None)
+    """Least and largest number of models, the base left out where it is needed."""
+    weighted: ClassVar[bool] = True
+    """Whether the models' weights count."""
+    per_model: ClassVar[frozenset[str]] = frozenset()
+    """Settings that a model may have for itself."""
+    random: ClassVar[bool] = False
+    data: ClassVar[Literal["", "fisher", "gram"]] = ""
+    """What must be measured on rows of each model."""
+    measured: ClassVar[frozenset[str]] = frozenset()
+    """Settings of that measurement; the method itself does not take them."""
+    whole: ClassVar[bool] = False
+    """Whether a matrix is computed as a whole, in memory."""
+
+
+class LinearConfig(MergeMethodConfig):
     """Weighted average of the models."""
 
     type: Literal["linear"] = "linear"
-    normalize: bool = Field(True, description="Divide the weights by their sum.")
+    normalize: bool = Field(True, description=_NORMALIZE)
 
 
-class TaskArithmeticConfig(MethodConfig):
-    """The base plus a weighted sum of task vectors."""
-
-    type: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: float = Field(1.0, description="Multiplier on the summed task vectors (the paper's lambda).")
-    normalize: bool = Field(False, description="Divide the weights by their sum.")
-
-
-class SlerpConfig(MethodConfig):
+class SlerpConfig(MergeMethodConfig):
     """Spherical interpolation of two models."""
 
+    base, counts, weighted = "start", (2, 2), False
     type: Literal["slerp"] = "slerp"
-    t: float = Field(0.5, ge=0, le=1, description="0 gives the base (or first) model, 1 the other.")
+    t: Part = Field(0.5, description="0 gives the base (or first) model, 1 the other.")
 
 
-MergeMethod = Annotated[
-    LinearConfig | TaskArithmeticConfig | SlerpConfig, Field(discriminator="type"), default_type("linear")
-]
+class NuslerpConfig(MergeMethodConfig):
+    """Spherical interpolation of two models by their weights, whole or row by row."""
+
+    base, counts = "allowed", (2, 2)
+    type: Literal["nuslerp"] = "nuslerp"
+    flatten: bool = Field(True, description="One angle per tensor; otherwise one per row or column.")
+    row_wise: bool = Field(False, description="Without flatten: one angle per row; else one per column.")
 
 
-class Source(Config):
-    """One model to merge and its weight."""
+class MultislerpConfig(MergeMethodConfig):
+    """Spherical mean of several models in the tangent space of their average direction."""
 
-    model: ModelInput
-    weight: float = 1.0
+    base, counts = "allowed", (1, None)
+    type: Literal["multislerp"] = "multislerp"
+    normalize: bool = Field(True, description=_NORMALIZE)
+    eps: float = Field(1e-8, gt=0, description="Lengths below it count as zero.")
 
 
-class MergeConfig(VerbConfig):
-    """Merge models of one architecture into one."""
+class KarcherConfig(MergeMethodConfig):
+    """Riemannian centre of mass on the sphere."""
 
-    models: tuple[Source, ...] = Field(min_length=1)
-    method: MergeMethod = Field(default_factory=LinearConfig)
-    base_model: OptionalModelInput = Field(
-        None, description="Origin of the task vectors; donor of config and tokenizer."
+    type: Literal["karcher"] = "karcher"
+    max_iter: int = Field(10, ge=1, description="Steps of the fixed-point iteration at most.")
+    tol: float = Field(1e-5, gt=0, description="Ends once the step in the tangent space is shorter.")
+
+
+class TaskArithmeticConfig(MergeMethodConfig):
+    """The base plus a weighted sum of task vectors."""
+
+    base = "needed"
+    type: Literal["task_arithmetic"] = "task_arithmetic"
+    scale: Any_ = Field(1.0, description="Multiplier on the summed task vectors (the paper's lambda).")
+    normalize: bool = Field(False, description=_NORMALIZE)
+
+
+class _Sparse(MergeMethodConfig):
+    base = "needed"
+    per_model = frozenset({"density"})
+
+
+class TiesConfig(_Sparse):
+    """Trim each task vector, elect a sign per entry, average what agrees with it."""
+
+    type: Literal["ties"] = "ties"
+    density: Share = Field(0.2, description=_DENSITY)
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(True, description="Divide by the sum of the weights that agree.")
+
+
+class DareLinearConfig(_Sparse):
+    """Drop entries of the task vectors at random, rescale the rest, add."""
+
+    random = True
+    type: Literal["dare_linear"] = "dare_linear"
+    density: Share = Field(0.5, description="Probability of an entry to be kept (the paper's 1 - p).")
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(False, description=_NORMALIZE)
+    rescale: Rescale = Field("inverse", description=_RESCALE)
+
+
+class DareTiesConfig(_Sparse):
+    """Drop entries at random, rescale the rest, elect signs."""
+
+    random = True
+    type: Literal["dare_ties"] = "dare_ties"
+    density: Share = Field(0.5, description="Probability of an entry to be kept (the paper's 1 - p).")
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(False, description="Divide by the sum of the weights that agree.")
+    rescale: Rescale = Field("inverse", description=_RESCALE)
+
+
+class _Della(_Sparse):
+    random = True
+    per_model = frozenset({"density", "epsilon"})
+
+
+class DellaConfig(_Della):
+    """Drop small entries more often than large ones, rescale the rest, elect signs."""
+
+    type: Literal["della"] = "della"
+    density: Share = Field(0.5, description="Mean probability of an entry to be kept.")
+    epsilon: Part = Field(
+        0.1, description="Probabilities go from density - epsilon (smallest of a row) to density + epsilon."
     )
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Of the output; auto keeps the donor's.")
-    allow_nan: bool = Field(False, description="Merge even if an input holds NaN or infinity.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_mergekit(cls, data: Any) -> Any:
-        return translate_mergekit(data) if isinstance(data, dict) and "merge_method" in data else data
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _names_alone(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [{"model": v} if isinstance(v, str) else v for v in value]
-        return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> MergeConfig:
-        kind, count = self.method.type, len(self.models)
-        if kind == "task_arithmetic" and self.base_model is None:
-            raise ValueError("task_arithmetic needs base_model: a task vector is a model minus its base")
-        if kind == "slerp":
-            others = [s for s in self.models if s.model != self.base_model]
-            if len(others) != (2 if self.base_model is None else 1):
-                raise ValueError(f"slerp takes exactly two models (base_model included); found {count} under models")
-        if isinstance(self.method, LinearConfig) and self.method.normalize and sum(s.weight for s in self.models) == 0:
-            raise ValueError("the weights sum to 0; set method.normalize to false or change them")
-        return self
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(True, description="Divide by the sum of the weights that agree.")
+    rescale: Rescale = Field("inverse", description=_RESCALE)
 
 
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+class DellaLinearConfig(_Della):
+    """Drop small entries more often than large ones, rescale the rest, add."""
+
+    type: Literal["della_linear"] = "della_linear"
+    density: Share = Field(0.5, description="Mean probability of an entry to be kept.")
+    epsilon: Part = Field(
+        0.1, description="Probabilities go from density - epsilon (smallest of a row) to density + epsilon."
+    )
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(False, description=_NORMALIZE)
+    rescale: Rescale = Field("inverse", description=_RESCALE)
 
 
-def translate_mergekit(data: dict[str, Any]) -> dict[str, Any]:
-    """Translate mergekit's YAML keys into ours; whatever it cannot express is refused by name.
-
-    mergekit's `lambda` of task arithmetic is our `scale`; per-model parameters other than
-    `weight`, slices, and scalar gradients are refused.
-    """
-    rest = dict(data)
-    parameters = dict(rest.pop("parameters", None) or {})
-    method: dict[str, Any] = {"type": rest.pop("merge_method")}
-    if "lambda" in parameters:
-        parameters["scale"] = parameters.pop("lambda")
-    method.update(parameters)
-    models = [_translate_source(entry) for entry in rest.pop("models", None) or []]
-    result = {"method": method, "models": models, **rest}
-    if method["type"] != "linear":  # mergekit lists the base among the models; it has no task vector
-        result["models"] = [m for m in models if m.get("model") != rest.get("base_model")]
-    if "dtype" in result:
-        result["dtype"] = _DTYPES.get(result["dtype"], result["dtype"])
-    return result
+class _Breadcrumbs(_Sparse):
+    per_model = frozenset({"density", "gamma"})
 
 
-def _translate_source(entry: Any) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        return {"model": entry}
-    flat = {k: v for k, v in entry.items() if k != "parameters"}
-    return {**flat, **(entry.get("parameters") or {})}
+class BreadcrumbsConfig(_Breadcrumbs):
+    """Leave out the largest and the smallest entries of each task vector, add the rest."""
+
+    type: Literal["breadcrumbs"] = "breadcrumbs"
+    density: Share = Field(0.14, description=_DENSITY)
+    gamma: Part = Field(0.01, description="Share of the largest entries that is left out.")
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(False, description=_NORMALIZE)
+
+
+class BreadcrumbsTiesConfig(_Breadcrumbs):
+    """Leave out the largest and the smallest entries of each task vector, elect signs."""
+
+    type: Literal["breadcrumbs_ties"] = "breadcrumbs_ties"
+    density: Share = Field(0.14, description=_DENSITY)
+    gamma: Part = Field(0.01, description="Share of the largest entries that is left out.")
+    scale: Any_ = Field(1.0, description=_SCALE)
+    normalize: bool = Field(False, description="Divide by the sum of the weights that agree.")
+
+
+class SceConfig(MergeMethodConfig):
+    """Select entries that vary most between models, weight models by their energy, elect signs."""
+
+    base, weighted = "needed", False
+    type: Literal["sce"] = "sce"
+    select_topk: Share = Field(0.1, description="Share of the entries, by variance over the models, that is merged.")
+
+
+class ModelStockConfig(MergeMethodConfig):
+    """Between the base and the average of the models, as far as the angle of their task vectors says."""
+
+    base, counts, weighted = "needed", (2, None), False
+    type: Literal["model_stock"] = "model_stock"
+    filter_wise: bool = Field(False, description="One angle per row instead of one per tensor.")
+
+
+class NearswapConfig(MergeMethodConfig):
+    """Take from the second model what is near to the first."""
+
+    base, counts, weighted = "needed", (1, 1), False
+    type: Literal["nearswap"] = "nearswap"
+    t: Positive = Field(0.001, description="Distance up to which an entry is taken over whole.")
+
+
+class ArceeFusionConfig(MergeMethodConfig):
+    """Take the entries of one model whose change matters most for its rows."""
+
+    base, counts, weighted = "needed", (1, 1), False
+    type: Literal["arcee_fusion"] = "arcee_fusion"
+
+
+class PassthroughConfig(MergeMethodConfig):
+    """Copy the tensors of one model; with slices, stack layers."""
+
+    counts, weighted = (1, 1), False
+    per_model = frozenset({"scale"})
+    type: Literal["passthrough"] = "passthrough"
+    scale: Any_ = Field(1.0, description="Multiplier on the tensors.")
+
+
+class MagmaxConfig(MergeMethodConfig):
+    """Of every entry, the largest change any model made."""
+
+    base = "needed"
+    type: Literal["magmax"] = "magmax"
+    scale: Any_ = Field(1.0, description=_SCALE)
+
+
+class FisherConfig(MergeMethodConfig):
+    """Average weighted by the diagonal of each model's Fisher information on its own rows."""
+
+    data, measured = "fisher", frozenset({"examples"})
+    type: Literal["fisher"] = "fisher"
+    eps: float = Field(1e-6, gt=0, description="Added to every Fisher value, in units of the mean of its tensor.")
+    examples: int = Field(256, gt=0, description="Rows of each model at most.")
+
+
+class RegmeanConfig(MergeMethodConfig):
+    """For every linear layer the weights whose outputs are nearest to those of all models on their rows."""
+
+    data, measured, whole = "gram", frozenset({"examples"}), True
+    type: Literal["regmean"] = "regmean"
+    shrink: float = Field(0.9, ge=0, le=1, description="Multiplier on the off-diagonal of the Gram matrices.")
+    examples: int = Field(256, gt=0, description="Rows of each model at most.")
+
+
+class TsvMConfig(MergeMethodConfig):
+    """Keep each task's leading singular directions and make them orthogonal to the other tasks'."""
+
+    base, whole = "needed", True
+    type: Literal["tsv_m"] = "tsv_m"
+    scale: Any_ = Field(1.0, description=_SCALE)
+
+
+class IsoCConfig(MergeMethodConfig):
+    """Sum of the task vectors with all singular values set to their mean."""
+
+    base, whole = "needed", True
+    type: Literal["iso_c"] = "iso_c"
+    scale: Any_ = Field(1.0, description=_SCALE)
+
+
+def plan_settings(method: MethodConfig) -> dict[str, Any]:
+    """Settings that a method's plan takes, by name."""
+    measured = method.measured if isinstance(method, MergeMethodConfig) else frozenset()
+    return {name: getattr(method, name) for name in type(method).model_fields if name not in {"type", *measured}}
+
+
+def keeps_equal(method: MethodConfig, settings: Mapping[str, Any]) -> bool:
+    """Whether a method with these settings gives back tensors that are equal in all models."""
+    if not isinstance(method, MergeMethodConfig):
+        return False
+    if isinstance(method, LinearConfig | MultislerpConfig):
+        return method.normalize
+    return not isinstance(method, PassthroughConfig) or settings["scale"] in (1.0, (1.0,))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from honeloom.errors import ConfigError
+from honeloom.merging.engine.tensors import Merged, Rule, Tensors, WeightedSum
 
-__all__ = ["linear", "weight_total", "weighted_sum"]
+__all__ = ["linear", "require_models", "weight_total", "weighted_sum"]
 
 
-def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool = True) -> torch.Tensor:
-    """Weighted average of the same tensor of several models.
+def _plan_linear(tensors: Tensors, *, normalize: bool = True) -> Merged:
+    """Weighted average of the models.
 
     Parameters
     ----------
-    tensors : sequence of Tensor
-        K tensors of one shape, any floating type.
-    weights : sequence of float
-        K numbers.
+    tensors : Tensors
+        K models.
     normalize : bool
         Divide by the sum of the weights.
 
     Returns
     -------
-    Tensor
-        That shape, float64; the caller rounds once.
+    callable
+        Elements start..stop of the result, float64.
 
     Raises
     ------
@@ -37,8 +37,12 @@ def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normali
     ----------
     Wortsman et al. 2022 (model soups), arXiv:2203.05482.
     """
-    total = weighted_sum(tensors, weights)
-    return total.div_(weight_total(weights)) if normalize else total
+    total = weight_total(tensors.weights) if normalize else 1.0
+    return WeightedSum(tensors, tuple(weight / total for weight in tensors.weights))
+
+
+linear = Rule(_plan_linear)
+"""Weighted average of the models."""
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -56,8 +60,16 @@ def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
 
 
 def weight_total(weights: Sequence[float]) -> float:
-    """Sum of the weights; ConfigError if it is 0, for nothing can be divided by it."""
-    total = sum(weights)
-    if total == 0:
-        raise ConfigError(f"the weights {list(weights)} sum to 0; set method.normalize to false or change them")
+    """Sum of the weights; ConfigError if it is 0 but for rounding, for nothing can be divided by it."""
+    total = math.fsum(weights)
+    if abs(total) <= 1e-12 * math.fsum(map(abs, weights)):
+        raise ConfigError(f"the weights {list(weights)} sum to 0; set normalize to false or change them")
     return total
+
+
+def require_models(tensors: Tensors, method: str, least: int, most: int | None) -> None:
+    """Refuse a number of models that a method cannot merge (ConfigError); the base does not count."""
+    count = len(tensors.models)
+    if count < least or (most is not None and count > most):
+        wanted = f"exactly {least}" if least == most else f"at least {least}"
+        raise ConfigError(f"{method} takes {wanted} model{'s' * (least > 1)}, found {count}; list others, or none")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from honeloom.federated.aggregation.exactness import measured_error
 from honeloom.federated.aggregation.warm import whole
+from honeloom.merging.engine.tensors import Merged, Read, Rule, Tensors
 from honeloom.ops.lowrank import relative_error
 from honeloom.ops.noise import keyed_uniform, normal
 from honeloom.selection.choose import take_best
@@ -110,43 +112,67 @@ def _chosen(scores: Scores, rows: Sequence[Row], count: int) -> set[str]:
 
 
 def check_merge_method(
-    method: Callable[..., torch.Tensor], *, needs_base: bool, models: int = 3, **settings: Any
+    method: Callable[..., torch.Tensor], *, needs_base: bool, models: int = 3, copies: bool = True, **settings: Any
 ) -> None:
-    """Require what every merge rule on flat tensors promises.
+    """Require what every merge method promises, for a vector and for a matrix.
 
-    Shape and float64 result, finite, inputs unchanged, the same bits when called again, and
-    merging a model with copies of itself gives that model.
+    Shape and float64 result, finite, inputs unchanged, the same bits when called again, and merging a model with
+    copies of itself gives that model. A `Rule`'s plan gives the same bits in whatever ranges it is asked.
 
     Parameters
     ----------
     method : callable
-        (tensors, weights) or, with a base, (base, tensors, weights).
+        Takes tensors, weights and its settings as keywords, and `base` too if it needs one: a `Rule`, or any function.
     needs_base : bool
-        Whether the first argument is the base.
+        Whether it gets a base.
     models : int
         How many tensors to merge.
+    copies : bool
+        Whether copies of one model give that model; not so for methods that drop entries.
+    **settings
+        Of the method.
 
     Raises
     ------
     AssertionError
         What does not hold.
     """
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(257, generator=generator) for _ in range(models)]
-    base = torch.randn(257, generator=generator)
-    copies = [t.clone() for t in tensors]
-    weights = [1.0 / models] * models
+    for shape in ((257,), (24, 17)):
+        base, *tensors = (normal(0, f"merge/{k}", math.prod(shape)).view(shape) for k in range(models + 1))
+        before = [t.clone() for t in (base, *tensors)]
+        weights = [1.0 / models] * models
 
-    def merge(given: Sequence[torch.Tensor]) -> torch.Tensor:
-        return method(base, given, weights, **settings) if needs_base else method(given, weights, **settings)
+        def merge(
+            given: Sequence[torch.Tensor], weights: Sequence[float] = weights, base: torch.Tensor = base
+        ) -> torch.Tensor:
+            return method(given, weights, base=base, **settings) if needs_base else method(given, weights, **settings)
 
-    merged = merge(tensors)
-    assert merged.shape == base.shape, f"shape {tuple(merged.shape)}, expected {tuple(base.shape)}"
-    assert bool(torch.isfinite(merged).all()), "the result is not finite"
-    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True)), "an input was changed"
-    assert torch.equal(merge(tensors), merged), "a second call gives other bits"
-    same = merge([tensors[0]] * models)
-    assert torch.allclose(same.float(), tensors[0], atol=1e-6), "merging copies of one model does not give that model"
+        merged = merge(tensors)
+        assert merged.shape == shape, f"shape {tuple(merged.shape)}, expected {shape}"
+        assert merged.dtype == torch.float64, f"{merged.dtype}, expected torch.float64; the caller rounds"
+        assert bool(torch.isfinite(merged).all()), "the result is not finite"
+        kept = all(torch.equal(a, b) for a, b in zip((base, *tensors), before, strict=True))
+        assert kept, "an input was changed"
+        assert torch.equal(merge(tensors), merged), "a second call gives other bits"
+        same = merge([tensors[0]] * models)
+        alike = torch.allclose(same.float(), tensors[0], atol=1e-6)
+        assert alike or not copies, "merging copies of one model does not give that model"
+        if isinstance(method, Rule):
+            reads = [_read_of(t) for t in (base, *tensors)]
+            group = Tensors("", shape, tuple(reads[1:]), tuple(weights), reads[0] if needs_base else None)
+            _check_ranges(method.plan(group, **settings), merged.reshape(-1))
+
+
+def _read_of(tensor: torch.Tensor) -> Read:
+    flat = tensor.reshape(-1).double()
+    return lambda start, stop: flat[start:stop]
+
+
+def _check_ranges(plan: Merged, merged: torch.Tensor) -> None:
+    """A plan must not show how it is asked: in pieces of 1 to 50 elements, from the last to the first."""
+    ends = [end for end in accumulate([1, 2, 50, 17, 3] * 6, initial=0) if end < len(merged)]
+    pieces = [plan(start, stop) for start, stop in reversed(list(pairwise([*ends, len(merged)])))]
+    assert torch.equal(torch.cat(pieces[::-1]), merged), "other ranges give other bits"
 
 
 def check_aggregation(
