@@ -31,9 +31,10 @@ def test_a_name_and_its_settings_meet():
 def test_every_flag_of_a_verb_is_known_to_its_function(verb):
     """What is no setting is in the table of flags, a parameter of the function, or a word about the command itself."""
     command = typer.main.get_command(app).commands[verb]
+    function = getattr(honeloom, verb.replace("-", "_"))
     known = {
         *load_target(VERBS[verb].config).model_fields, *FLAGS.get(verb, {}),
-        *inspect.signature(getattr(honeloom, verb)).parameters, "overwrite", "resume", "set_", "out", "push_to_hub",
+        *inspect.signature(function).parameters, "overwrite", "resume", "set_", "out", "push_to_hub",
     }  # fmt: skip
     planned = {"dry_run", *inspect.signature(honeloom.plan).parameters}
     assert {p.name for p in command.params} - {"json"} - planned <= known

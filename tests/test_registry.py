@@ -35,20 +35,22 @@ def test_settings_and_function_of_a_method_agree(kind, name):
     row = family(kind).get(name)
     config = family(kind).load_config(name)
     assert config.model_fields["type"].default == name
-    settings = set(config.model_fields) - {"type"}
-    parameters = inspect.signature(family(kind).load(name)).parameters.values()
+    settings = set(config.model_fields) - {"type"} - set(getattr(config, "measured", ()))
+    method = family(kind).load(name)
+    parameters = inspect.signature(getattr(method, "plan", method)).parameters.values()
     keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert keywords - EXTRA.get((kind, name), set()) == settings
     assert not [p for p in parameters if p.kind is p.VAR_KEYWORD]
     given = {s: "x" for s, info in config.model_fields.items() if info.is_required()}
-    assert set(config(**given).model_dump()) == settings | {"type"}
+    assert set(config(**given).model_dump()) == set(config.model_fields)
     assert row.version >= 1
     assert row.summary and row.paper
 
 
 @pytest.mark.parametrize(("kind", "name"), ROWS)
 def test_every_setting_of_a_method_is_bounded_by_a_type_and_the_function_is_documented(kind, name):
-    function = family(kind).load(name)
+    method = family(kind).load(name)
+    function = getattr(method, "plan", method)
     assert inspect.getdoc(function)
     annotations = inspect.get_annotations(function)
     assert "return" in annotations
@@ -72,6 +74,9 @@ def test_targets_of_every_verb_exist(verb):
 
 
 AIMED = {"in_run", "less", "tracin", "dsir"}
+MEASURED = [{"model": "a", "rows": "x"}, {"model": "b", "rows": "y"}]
+MODELS = {name: ["a"] for name in ("slerp", "nearswap", "arcee_fusion", "passthrough")}
+MODELS |= {"fisher": MEASURED, "regmean": MEASURED}
 
 
 @pytest.mark.parametrize(("kind", "name"), [r for r in ROWS if r[0] not in WITHOUT_VERB])
@@ -82,7 +87,7 @@ def test_every_method_can_be_chosen_by_name_and_by_settings(kind, name):
         "select": {"rows": "x", "model": "m", **({"target": "y"} if name in AIMED else {})},
         "tune": {"rows": "x", "model": "m"},
         "aggregate": {"adapters": ["a", "b"]},
-        "merge": {"models": ["a"] if name == "slerp" else ["a", "b"], "base_model": "base"},
+        "merge": {"models": MODELS.get(name, ["a", "b"]), "base_model": "base"},
         "drop": {"model": "m", "calibration": "x", "attention": 1},
     }[verb.name]
     for choice in (name, {"type": name}) if name != "scores" else ({"type": name, "path": "scores.parquet"},):

@@ -10,25 +10,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from honeloom.api import aggregate, drop, evaluate, load_model, merge, plan, run, select, tune
+    from honeloom.api import (
+        aggregate,
+        convert,
+        drop,
+        evaluate,
+        extract_lora,
+        load_model,
+        merge,
+        plan,
+        run,
+        select,
+        tune,
+    )
     from honeloom.stages.records import verify
     from honeloom.types.report import Report
 
 __version__ = "0.1.0"
 
+_FUNCTIONS = (
+    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model", "merge", "plan", "run",
+    "select", "tune",
+)  # fmt: skip
 _TARGETS = {
-    **dict.fromkeys(
-        ("aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run", "select", "tune"),
-        "honeloom.api",
-    ),
+    **dict.fromkeys(_FUNCTIONS, "honeloom.api"),
     "verify": "honeloom.stages.records",
     "Report": "honeloom.types.report",
 }
 
 __all__ = [
-    "Report", "__version__", "aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run",
-    "select", "tune",
-    "verify",
+    "Report", "__version__", "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model",
+    "merge", "plan", "run", "select", "tune", "verify",
 ]  # fmt: skip
 
 

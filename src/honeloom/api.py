@@ -1,23 +1,24 @@
 """The verbs as Python functions: same names and settings as the commands.
 
 Every writing verb also takes `overwrite` and `resume` (or `mode`, "new" by default), `set` (a
-list of "a.b=c") and `console` (silent by default; in a notebook, messages and progress); `tune`,
-`aggregate`, `merge` and `drop` also take `push_to_hub`: "org/name", where the verified result goes, into a
-private repository unless one is there.
+list of "a.b=c") and `console` (silent by default; in a notebook, messages and progress); those that make a
+model or an adapter also take `push_to_hub`: "org/name", where the verified result goes, into a private repository
+unless one is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from honeloom.config.base import VerbConfig, validate
-from honeloom.config.load import apply_overrides, load_yaml
+from honeloom.config.load import apply_overrides, load_documents, load_yaml
 from honeloom.config.recipe import Recipe, load_recipe
 from honeloom.errors import ConfigError
 from honeloom.flags import place_flags
+from honeloom.merging.documents import in_order, parts_folder, read_card
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.runs.notebook import notebook_console
@@ -27,13 +28,16 @@ from honeloom.stages.inputs import Resolver, resolve_model
 from honeloom.stages.needs import plan_job
 from honeloom.stages.pipeline import plan_recipe, run_recipe
 from honeloom.stages.publish import check_push, push_result
-from honeloom.stages.runner import prepare, run_job
+from honeloom.stages.runner import prepare, require_content, run_job
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Report
 from honeloom.types.views import PlanList
 from honeloom.verbs import VERBS
 
-__all__ = ["aggregate", "drop", "evaluate", "federate", "load_model", "merge", "plan", "run", "select", "tune"]
+__all__ = [
+    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model", "merge", "plan", "run",
+    "select", "tune",
+]  # fmt: skip
 
 PathLike = str | Path
 
@@ -141,15 +145,25 @@ def federate(model: PathLike, config: PathLike | None = None, *, output_dir: Pat
     return _run_verb("federate", output_dir, {**given, "model": model, **options}, reads=reads)
 
 
-def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: Any) -> Report:
+def merge(
+    config: PathLike | dict[str, Any] | None = None,
+    output_dir: PathLike | None = None,
+    *,
+    from_card: PathLike | None = None,
+    **options: Any,
+) -> Report:
     """Merge models of one architecture.
 
     Parameters
     ----------
     config : path or dict
-        Settings of `honeloom.merging.config.MergeConfig`, or mergekit's YAML.
+        Settings of `honeloom.merging.merge_config.MergeConfig`, or mergekit's YAML. A file may hold several
+        documents: those with a `name` are merged first, into folders below `<output_dir>-parts`.
     output_dir : path
         Where the merged model goes.
+    from_card : path, optional
+        Instead of `config`: the card (README.md) of a merged model, which is made again from models whose content
+        must be what the card says.
     **options
         Settings that replace those of `config`, and `overwrite`, `resume`, `set`,
         `push_to_hub` and `console`.
@@ -159,8 +173,68 @@ def merge(config: PathLike | dict[str, Any], output_dir: PathLike, **options: An
     IncompatibleModelsError
         The models cannot be merged; the message names the field and both values.
     """
-    reads = () if isinstance(config, dict) else (Path(config),)
-    return _run_verb("merge", output_dir, {"config": config, **options}, reads=reads)
+    if (config is None) == (from_card is None):
+        raise ConfigError("merge takes a configuration or the card of a merged model; give one of the two")
+    if from_card is not None:
+        document, digests = read_card(Path(from_card))
+        return _run_verb("merge", output_dir, {"config": document, **options}, wanted=digests)
+    if isinstance(config, dict):
+        return _run_verb("merge", output_dir, {"config": config, **options})
+    file = Path(config or "")
+    *earlier, (_, last) = in_order(load_documents(file), parts_folder(Path(output_dir or "merged")))
+    mode = _choose_mode(options.get("mode", "new"), options.get("overwrite", False), options.get("resume", False))
+    for name, document in earlier:
+        part = parts_folder(Path(output_dir or "merged")) / str(name)
+        shared: dict[str, Any] = {key: options.get(key) for key in ("console", "max_memory", "threads")}
+        again = "overwrite" if mode == "overwrite" else "resume"
+        _run_verb("merge", part, {"config": document, "mode": again, **shared}, reads=(file,))
+    return _run_verb("merge", output_dir, {"config": last, **options}, reads=(file,))
+
+
+def extract_lora(model: PathLike, base: PathLike, output_dir: PathLike, **options: Any) -> Report:
+    """Extract the low-rank difference of two models as a PEFT adapter.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        The tuned model; the setting `tuned` of a recipe.
+    base : path, hub id or `lab:base`
+        What it was tuned from, which the adapter will be loaded on.
+    output_dir : path
+        Where the adapter goes.
+    **options
+        Settings of `honeloom.merging.extract_config.ExtractConfig` (rank, energy, targets, ...), and `overwrite`,
+        `resume`, `set`, `push_to_hub` and `console`.
+
+    Raises
+    ------
+    IncompatibleModelsError
+        The models are one, or differ in kind, vocabulary or shapes; the message names tensor and both values.
+    NotFiniteError
+        A model holds NaN or infinity.
+    """
+    return _run_verb("extract-lora", output_dir, {"tuned": str(model), "base": str(base), **options})
+
+
+def convert(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
+    """Convert pickled weights to safetensors; no code of theirs is run.
+
+    Parameters
+    ----------
+    model : path
+        Folder of a model or adapter whose weights exist only as pickles (`pytorch_model.bin`, ...).
+    output_dir : path
+        Where the same model goes, with safetensors.
+    **options
+        Settings of `honeloom.checkpoint.convert_config.ConvertConfig`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
+
+    Raises
+    ------
+    CheckpointError
+        There is nothing to convert, or a pickle holds more than tensors.
+    """
+    return _run_verb("convert", output_dir, {"source": str(model), **options})
 
 
 def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
@@ -260,10 +334,26 @@ def plan(
         return PlanList(plan_recipe(recipe, Path(output_dir or "run")))
     _take_mode(settings)
     repository = _take_repository(verb, settings)
+    if verb == "merge" and isinstance(settings.get("config"), str | Path):
+        documents = load_documents(Path(settings["config"]))
+        if len(documents) > 1:
+            return PlanList(_plan_documents(documents, Path(output_dir or "merged")))
     job = prepare(verb, _read_settings(verb, settings), Resolver(fetch=False))
     done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
     planned = plan_job(job, verb, "reuse" if done else "run", calibrate=calibrate, console=console)
     return PlanList([replace(planned, push_to_hub=repository)])
+
+
+def _plan_documents(documents: Sequence[dict[str, Any]], out: Path) -> list[StagePlan]:
+    """Plans of merges that build on each other, before any of them has been made."""
+    parts = parts_folder(out)
+    ordered = in_order(documents, parts)
+    resolver = Resolver(fetch=False, pending={str(parts / str(name)): str(name) for name, _ in ordered[:-1]})
+    plans = []
+    for name, document in ordered:
+        job = prepare("merge", _read_settings("merge", {"config": document}), resolver)
+        plans.append(plan_job(job, name or "merge", "run"))
+    return plans
 
 
 def load_model(
@@ -286,8 +376,15 @@ def load_model(
     return load_target("honeloom.backends.hf.load:load_model")(found.paths[0], base=found.base, loading=loading)
 
 
-def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *, reads: Sequence[Path] = ()) -> Report:
-    """Validate settings (None means the default), find the inputs, run."""
+def _run_verb(
+    verb: str,
+    output_dir: PathLike | None,
+    options: dict[str, Any],
+    *,
+    reads: Sequence[Path] = (),
+    wanted: Mapping[str, str] | None = None,
+) -> Report:
+    """Validate settings (None means the default), find the inputs (with the `wanted` content, by place), run."""
     mode = _take_mode(options)
     console: Console | None = options.pop("console", None) or notebook_console()
     if output_dir is None and verb != "evaluate":
@@ -296,7 +393,8 @@ def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *
     settings = _read_settings(verb, options)
     if repository is not None and rank() == 0:
         check_push(repository)
-    job = prepare(verb, settings, Resolver())
+    job = prepare(verb, settings, Resolver(), runs=True)
+    require_content(job, wanted or {})
     report = run_job(job, Path(output_dir) if output_dir else None, mode=mode, reads=reads, console=console)
     if repository is not None and output_dir is not None and rank() == 0:
         push_result(locate(Path(output_dir)), repository, console)
@@ -305,7 +403,7 @@ def _run_verb(verb: str, output_dir: PathLike | None, options: dict[str, Any], *
 
 def _take_repository(verb: str, options: dict[str, Any]) -> str | None:
     """Where the result is pushed to: no setting of the verb, and only of verbs that make a model."""
-    return options.pop("push_to_hub", None) if verb in ("tune", "aggregate", "federate", "merge", "drop") else None
+    return None if verb in ("select", "evaluate") else options.pop("push_to_hub", None)
 
 
 def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:

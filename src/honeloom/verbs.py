@@ -18,7 +18,7 @@ class Verb:
     Attributes
     ----------
     name : str
-        Command, function and recipe key.
+        Command and recipe key; the function's name has "_" for "-".
     config : str
         "module:Class" of its settings.
     execute : str
@@ -46,7 +46,9 @@ _ALL = (
         family="aggregation",
     ),
     Verb("federate", "honeloom.federated.federate_config:FederateConfig", "honeloom.stages.federate:execute"),
-    Verb("merge", "honeloom.merging.config:MergeConfig", "honeloom.stages.merge:execute", family="merging"),
+    Verb("merge", "honeloom.merging.merge_config:MergeConfig", "honeloom.stages.merge:execute", family="merging"),
+    Verb("extract-lora", "honeloom.merging.extract_config:ExtractConfig", "honeloom.stages.extract_lora:execute"),
+    Verb("convert", "honeloom.checkpoint.convert_config:ConvertConfig", "honeloom.stages.convert:execute"),
     Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", family="dropping"),
     Verb("evaluate", "honeloom.evaluation.config:EvaluateConfig", "honeloom.stages.evaluate:execute"),
 )

@@ -144,7 +144,7 @@ def test_methods(cli):
     assert slerp["defaults"] == {"t": 0.5}
     text = cli("methods", "merging").out
     assert text.splitlines()[0] == "merging:"
-    assert "  slerp (v1): spherical interpolation of two models" in text.splitlines()
+    assert "  slerp (v2): spherical interpolation of two models" in text.splitlines()
     assert "selection" not in text
 
 

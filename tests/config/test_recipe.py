@@ -15,7 +15,7 @@ from honeloom.config.recipe import load_recipe, recipe_schema, resolve_steps
 from honeloom.dropping.config import DropConfig
 from honeloom.errors import ConfigError
 from honeloom.evaluation.config import EvaluateConfig
-from honeloom.merging.config import MergeConfig
+from honeloom.merging.merge_config import MergeConfig
 from honeloom.selection.config import SelectConfig
 from honeloom.tuning.config import TuneConfig
 
@@ -124,8 +124,8 @@ def test_set_that_leads_nowhere(steps, override, message):
             "method: {type: length, ordr: x}",
             "method 'length' has no setting 'ordr'; did you mean 'order'? (known: order)",
         ),
-        ("weight: 0.5", "wieght: 0.5", "'models.1.wieght'; did you mean 'weight'? (known: model, weight)"),
-        ("weight: 0.5", "weight: .inf", "finite number"),
+        ("weight: 0.5", "wieght: 0.5", "'models.1.wieght'; did you mean 'weight'? (known: density, epsilon, gamma, "),
+        ("weight: 0.5", "weight: .inf", "must be a finite number"),
         ("keep: 5%", "keep: 0", "counts and tokens are whole numbers above 0"),
         ("seed: 3", "seed: -3", "greater than or equal to 0"),
         ("seed: 3", "device: gpu", "device"),
@@ -152,7 +152,7 @@ def test_mistakes_are_named(steps, old, new, message):
         (TuneConfig, {"model": "m", "rows": "a", "max_steps": 1, "epochs": 1}, "max_steps or epochs, not both"),
         (MergeConfig, {"models": []}, "models"),
         (MergeConfig, {"models": ["a"], "method": "task_arithmetic"}, "needs base_model"),
-        (MergeConfig, {"models": ["a", "b", "c"], "method": "slerp"}, "exactly two models"),
+        (MergeConfig, {"models": ["a", "b", "c"], "method": "slerp"}, "takes exactly 2 models"),
         (DropConfig, {"model": "m", "calibration": "c"}, "nothing to drop"),
         (EvaluateConfig, {"model": "m"}, "nothing to measure"),
     ],

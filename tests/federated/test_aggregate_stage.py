@@ -145,7 +145,7 @@ def test_into_the_base(equals, tiny_model, tmp_path, method, dtype):
         gap = (tensor.double() - expected[name]).abs()
         assert bool((gap <= rounding * expected[name].abs() * 1.01 + 1e-12).all()), name
     assert report.artefact.kind == "model"
-    assert [c.passed for c in report.verification] == [True] * 4
+    assert [c.passed for c in report.verification] == [True] * 5
     assert not (tmp_path / "out" / CONFIG).exists() and (tmp_path / "out" / "tokenizer.json").exists()
     assert not [p for p in (tmp_path / "out").rglob("*") if p.name.startswith(".")]
     assert logits(open_base(tmp_path / "out")).isfinite().all()
@@ -154,7 +154,7 @@ def test_into_the_base(equals, tiny_model, tmp_path, method, dtype):
 def test_truncated_into_the_base(adapters, tiny_model, tmp_path):
     report = honeloom.aggregate(adapters, rank=3, into_base=tiny_model, output_dir=tmp_path / "out")
     assert report.details["rank_out"] == 3 and 0.01 < report.details["relative_error"] < 1
-    assert len(report.verification) == 3
+    assert len(report.verification) == 4
 
 
 def test_the_order_of_the_clients_changes_no_byte(adapters, tmp_path):

@@ -19,6 +19,12 @@ def aggregate(
         str | None,
         typer.Option("--weights", metavar="W,W,...", help="One per adapter, such as its rows.  [default: equal]"),
     ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            "--scale", metavar="X", help="Multiplier on the combined update; K adapters and K: sum.  [default: 1.0]"
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option("--method", metavar="NAME", help="See `honeloom methods aggregation`.  [default: svd]"),
@@ -61,7 +67,7 @@ def aggregate(
     Example: honeloom aggregate site-a site-b --weights 50,30 --method flora --output-dir global
     """
     given = {
-        "adapters": adapters, "weights": weights, "method": method, "rank": rank, "energy": energy,
+        "adapters": adapters, "weights": weights, "scale": scale, "method": method, "rank": rank, "energy": energy,
         "into_base": into_base, "seed": seed, "device": device, "dtype": dtype,
     }  # fmt: skip
     run_verb("aggregate", honeloom.aggregate, settings("aggregate", given, set_), out=output_dir, overwrite=overwrite,

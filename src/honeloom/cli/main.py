@@ -11,10 +11,12 @@ import typer
 
 from honeloom import __version__
 from honeloom.cli.aggregate import aggregate
+from honeloom.cli.convert import convert
 from honeloom.cli.demo import demo
 from honeloom.cli.doctor import doctor
 from honeloom.cli.drop import drop
 from honeloom.cli.evaluate import evaluate
+from honeloom.cli.extract_lora import extract_lora
 from honeloom.cli.federate import federate
 from honeloom.cli.help import explain_usage, help_of, summary_of
 from honeloom.cli.init import init
@@ -45,7 +47,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 _COMMANDS = (
-    demo, init, run, select, tune, aggregate, federate, merge, drop, evaluate, verify, report, lineage, methods, doctor,
+    demo, init, run, select, tune, aggregate, federate, merge, extract_lora, convert, drop, evaluate, verify, report,
+    lineage, methods, doctor,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(help=help_of(command), short_help=summary_of(command))(command)

@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from honeloom.errors import ConfigError
 
-__all__ = ["apply_overrides", "dump_yaml", "load_yaml", "parse_scalar", "read_yaml"]
+__all__ = ["apply_overrides", "dump_yaml", "load_documents", "load_yaml", "parse_scalar", "read_yaml"]
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
@@ -29,32 +29,47 @@ def load_yaml(path: Path) -> dict[str, Any]:
         Not there, larger than 1 MiB, not YAML, a duplicate key, an unknown tag, more than
         100,000 nodes once its aliases are expanded, or not a mapping.
     """
+    return read_yaml(_text(path), what=str(path))
+
+
+def load_documents(path: Path) -> list[dict[str, Any]]:
+    """Read a YAML file of one or more documents, each a mapping; errors as of `load_yaml`."""
+    documents = [d for d in _parse(_text(path), str(path), several=True) if d is not None]
+    if not documents:
+        raise ConfigError(f"{path}: holds nothing")
+    return [_mapping(document, str(path)) for document in documents]
+
+
+def _text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{path}: {size:,} bytes; a configuration may have at most {MAX_BYTES:,}")
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except ValueError as error:  # a NUL in the name
         raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from None
-    return read_yaml(text, what=str(path))
 
 
 def read_yaml(text: str, *, what: str) -> dict[str, Any]:
     """Parse YAML text whose top is a mapping; `what` names it in messages."""
-    document = _parse(text, what)
+    return _mapping(_parse(text, what), what)
+
+
+def _mapping(document: Any, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{what}: the top must be a mapping of keys to values, found {type(document).__name__}")
     _count(document, what)
     return dict(document)
 
 
-def _parse(text: str, what: str) -> Any:
+def _parse(text: str, what: str, *, several: bool = False) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        yaml = YAML(typ="safe", pure=True)
+        return list(yaml.load_all(text)) if several else yaml.load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

@@ -104,6 +104,10 @@ class AggregateConfig(VerbConfig):
     weights: Weights | None = Field(
         None, description="One positive number per adapter, such as its rows; divided by their sum. Default: equal."
     )
+    scale: float = Field(
+        1.0,
+        description="Multiplier on the combined update, not 0. Equal weights and the number of adapters give the sum.",
+    )
     method: AggregationRule = Field(default_factory=SvdConfig, description="The rule, by name or with its settings.")
     into_base: OptionalModelInput = Field(
         None, description="Write this base model with the update added, instead of an adapter."
@@ -114,6 +118,8 @@ class AggregateConfig(VerbConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> AggregateConfig:
+        if self.scale == 0:
+            raise ValueError("scale: 0 leaves nothing of the update; use any other number, 1 for the weighted average")
         if self.weights is None:
             return self
         if len(self.weights) != len(self.adapters):

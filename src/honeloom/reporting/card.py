@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from honeloom import __version__
-from honeloom.config.load import dump_yaml
+from honeloom.config.load import dump_yaml, load_yaml
+from honeloom.merging.documents import write_recipe
 from honeloom.reporting.page import environment
 from honeloom.reporting.panels.metrics import metrics_table
 from honeloom.reporting.parts import overall_verdict, read_parts
@@ -56,8 +57,17 @@ def write_card(folder: Path, report: Report, inputs: Sequence[CardInput], relati
         version=__version__,
         artefact=report.artefact,
         inputs=[(i.place, _shown(i), i.fingerprint[:16]) for i in inputs],
+        recipe=_merge_recipe(folder, inputs),
     )
     write_bytes(folder / "README.md", text.encode())
+
+
+def _merge_recipe(folder: Path, inputs: Sequence[CardInput]) -> str:
+    """How a merge is made again, for `honeloom merge --from-card`; empty for anything else."""
+    file = folder / "merge.yaml"
+    if not file.is_file():
+        return ""
+    return write_recipe(load_yaml(file), [(i.place, _shown(i), i.fingerprint) for i in inputs])
 
 
 def _front_matter(report: Report, inputs: Sequence[CardInput], relation: str | None) -> dict[str, Any]:

@@ -154,7 +154,8 @@ def _tune(report: Report, inputs: Inputs) -> Verdict:
 
 def _merge(report: Report, inputs: Inputs) -> Verdict:
     d = report.details
-    models = list(dict.fromkeys(v for k, v in inputs.items() if k.startswith("models.")))
+    listed = (v for k, v in inputs.items() if k.startswith(("models.", "slices.")) and k.endswith(".model"))
+    models = list(dict.fromkeys(listed))
     named = ", ".join(name(m) for m in models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "")
     base = f" into {_name(inputs, 'base_model', '')}" if "base_model" in inputs else ""
     facts = [("method", clip(d["method"])), ("config and tokenizer from", clip(d["donor"]))]
@@ -234,6 +235,30 @@ def _aggregate(report: Report, inputs: Inputs) -> Verdict:
     )  # fmt: skip
 
 
+def _extract(report: Report, inputs: Inputs) -> Verdict:
+    d, tuned = report.details, _name(inputs, "tuned", "the model")
+    facts = [
+        ("modules", number(len(d["modules"]))),
+        ("largest rank", str(d["rank"])),
+        ("share of the squared difference outside", f"{d['outside_share']:.1%}"),
+    ]
+    if gap := _overall(report, "logits_gap"):
+        facts.append(("largest difference of logits", number(gap.value)))
+    return Verdict(
+        f"What {tuned} changed in the linear layers of {_name(inputs, 'base', 'its base')} became an adapter.",
+        Figure(
+            "relative error of the adapter", number(float(d["relative_error"])), remark="over the norm of the change"
+        ),
+        (*facts, ("written", size(d["bytes_written"]))),
+    )
+
+
+def _convert(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    facts = (("read from", ", ".join(map(clip, d["files"][:3]))), ("written", size(d["bytes_written"])))
+    return Verdict(f"{plural(d['tensors'], 'tensor')} went from pickles into safetensors, bit by bit.", None, facts)
+
+
 def _layers(which: Sequence[int]) -> str:
     if len(which) > 6:
         return f"{len(which)} layers"
@@ -252,6 +277,8 @@ _TELLERS: dict[str, Callable[[Report, Inputs], Verdict]] = {
     "tune": _tune,
     "merge": _merge,
     "drop": _drop,
+    "extract-lora": _extract,
+    "convert": _convert,
     "federate": _federate,
     "aggregate": _aggregate,
     "evaluate": _evaluate,

@@ -21,10 +21,10 @@ from honeloom.checkpoint.writer import TensorStream
 from honeloom.errors import ConfigError, IncompatibleModelsError, NotFiniteError
 from honeloom.federated.aggregation.warm import whole
 from honeloom.federated.config import AggregateConfig
-from honeloom.merging.config import LinearConfig, TaskArithmeticConfig
-from honeloom.merging.recompute import recomputation_error
-from honeloom.merging.sources import ModelSource
-from honeloom.merging.streaming import Merger
+from honeloom.merging.config import TaskArithmeticConfig
+from honeloom.merging.engine.recompute import recomputation_error
+from honeloom.merging.engine.sources import ModelSource
+from honeloom.merging.engine.streaming import Merger
 from honeloom.ops.rounding import round_once
 from honeloom.registry import family
 from honeloom.runs.atomic import require_space
@@ -38,7 +38,8 @@ from honeloom.stages.aggregate_clients import (
     open_clients,
     read_parts,
 )
-from honeloom.stages.merge import verify_merged, warn_of_loss, write_streams
+from honeloom.stages.merge import warn_of_loss, write_merged
+from honeloom.stages.merge_checks import verify_merged
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.report import Check, Metric
 
@@ -167,17 +168,14 @@ def _merge(
     base, alone = bases
     dtype = None if work.config.dtype == "auto" else DTYPES[work.config.dtype]
     with ModelSource("the aggregated adapter", update, base.folder) as combined:
-        merger = Merger(LinearConfig(), [combined], [1.0], base, base, dtype)
-        streams = merger.streams()
-        require_space(work.dir, sum(s.nbytes for s in streams) + _ROOM_FOR_SMALL_FILES)
-        size = write_streams(work, streams)
-        changes = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-        copy_config(base.folder, work.dir, **changes)
+        merger = Merger.of(TaskArithmeticConfig(), [combined], [1.0], base, dtype)
+        size = write_merged(work, merger)
+        copy_config(base.folder, work.dir, dtype=None if dtype is None else str(dtype).removeprefix("torch."))
         copy_tokenizer(base.tokenizer_folder, work.dir)
         warn_of_loss(work, merger)
-        checks = verify_merged(work, merger)
+        checks, _ = verify_merged(work, merger)
     if exact:
-        direct = Merger(TaskArithmeticConfig(), alone, [c.share for c in clients], base, base, dtype)
+        direct = Merger.of(TaskArithmeticConfig(), alone, [c.share * c.scale for c in clients], base, dtype)
         with Checkpoint.open(work.dir) as result:
             error = recomputation_error(direct, result, seed=work.config.seed)
         claim = "base plus every adapter's own share, in samples: largest error in units of the last place"
@@ -195,6 +193,7 @@ def _details(
     return {
         "method": config.method.type,
         "base_model": next((client.base for client in listed if client.base), None),
+        "scale": config.scale,
         "relative_error": measured.relative,
         "ranks_in": [client.rank for client in listed],
         "rank_out": rank,

@@ -17,8 +17,8 @@ from honeloom.checkpoint.writer import TensorStream
 from honeloom.errors import CheckpointError, IncompatibleModelsError, NotFiniteError, SourceError
 from honeloom.federated.config import AggregateConfig
 from honeloom.merging.compatibility import compare_tokenizers
+from honeloom.merging.engine.streaming import CHUNK
 from honeloom.merging.linear import weighted_sum
-from honeloom.merging.streaming import CHUNK
 from honeloom.ops.rounding import round_once
 from honeloom.runs.manifest import sha256_file
 from honeloom.stages.inputs import adapter_base, resolve_model
@@ -32,11 +32,12 @@ _MUST_AGREE = ("bias", "fan_in_fan_out", "modules_to_save", "task_type")
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One adapter: its place among those given, name, share of the whole, and factors."""
+    """One adapter: its place among those given, name, share of the whole, the multiplier on all, and factors."""
 
     place: int
     name: str
     share: float
+    scale: float
     file: LoraFile
 
     @property
@@ -59,7 +60,7 @@ def open_clients(work: Work[AggregateConfig], stack: ExitStack) -> list[Client]:
         if not file.factors:
             raise CheckpointError(f"{found.value}: {ADAPTER_WEIGHTS} holds no LoRA factors; nothing can be aggregated")
         digests = [sha256_file(file.folder / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
-        keyed.append(((*digests, share, place), Client(place, found.label, share, file)))
+        keyed.append(((*digests, share, place), Client(place, found.label, share, work.config.scale, file)))
     return [client for _, client in sorted(keyed, key=lambda pair: pair[0])]
 
 
@@ -74,8 +75,11 @@ def check_clients(work: Work[AggregateConfig], clients: Sequence[Client]) -> Non
     Raises
     ------
     IncompatibleModelsError
-        Two differ in base model, in a module's shape, or in a setting that changes what the tensors mean.
+        Two differ in base model, in a module's shape, or in a setting that changes what the tensors mean; or their
+        update is to be multiplied and they hold whole tensors, whose change cannot be told from them alone.
     """
+    if "into_base" not in work.inputs:  # a base takes none but copies of its own
+        _check_scale(clients)
     first = clients[0]
     for other in clients[1:]:
         for key in _MUST_AGREE:
@@ -96,8 +100,20 @@ def check_clients(work: Work[AggregateConfig], clients: Sequence[Client]) -> Non
                 "they were tuned on different models"
             )
     _check_bases(work, clients)
-    for finding in compare_tokenizers({client.name: client.file.folder for client in clients}):
+    folders = {client.name: client.file.folder for client in clients}
+    for finding in compare_tokenizers(folders, by_token=False, template_chosen=True):
         work.log.warn(finding)
+
+
+def _check_scale(clients: Sequence[Client]) -> None:
+    """A whole tensor is base plus change: a multiple of the change needs the base, which is not read."""
+    found = next(((client, name) for client in clients for name in client.file.others), None)
+    if found is not None and found[0].scale != 1:
+        client, name = found
+        raise IncompatibleModelsError(
+            f"cannot aggregate with scale {client.scale:g}: {client.name} holds {name!r}, a whole tensor and no "
+            "factors, which can only be averaged; leave --scale out, or tune without modules_to_save and trained biases"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -133,7 +149,7 @@ def _same_model(one: str, other: str) -> bool:
 
 
 def read_parts(clients: Sequence[Client], module: str, dtype: torch.dtype | None = None) -> list[Part]:
-    """Read every client's update of a module, in `dtype` if given; rank 0 where a client has none.
+    """Read every client's update of a module times the multiplier, in `dtype` if given; rank 0 where a client has none.
 
     Raises
     ------
@@ -148,7 +164,7 @@ def read_parts(clients: Sequence[Client], module: str, dtype: torch.dtype | None
             parts.append(Part(torch.zeros(rows, 0), torch.zeros(0, columns), 1.0, client.share))
             continue
         b, a = (_read(client, name, dtype) for name in (factors.b_name, factors.a_name))
-        parts.append(Part(b, a, factors.scale, client.share))
+        parts.append(Part(b, a, factors.scale * client.scale, client.share))
     return parts
 
 

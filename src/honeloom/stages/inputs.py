@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from honeloom.data.sources import RowFile, fingerprint, resolve_sources
 from honeloom.errors import CheckpointError, NotCachedError, SourceError
 from honeloom.registry import load_target
 from honeloom.runs.keys import combine_digests
-from honeloom.runs.manifest import load_manifest, sha256_file
+from honeloom.runs.manifest import load_manifest, sha256_file, sha256_files
 
 __all__ = [
     "Placed",
@@ -124,6 +125,20 @@ class Resolver:
         """Say where an artefact of the running recipe is now."""
         self._placed[value] = placed
 
+    def read_ahead(self, fields: Sequence[InputField], meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Hash the weights of all local models side by side; each is then known when its turn comes.
+
+        `meanwhile` is called while they are read: hashing needs no interpreter.
+        """
+        names = {part for f in fields if f.kind == "model" for part in (f.value, *f.value.split("+"))}
+        folders = sorted({p for name in names if (p := Path(os.path.expanduser(name))).is_dir()})
+        files = [p for folder in folders for p in sorted(folder.glob("*.safetensors")) if not p.is_symlink()]
+        if len(folders) > 1:
+            with ThreadPoolExecutor(1) as crew:
+                hashed = crew.submit(sha256_files, files)
+                meanwhile()
+                hashed.result()
+
     def resolve(self, field: InputField) -> ResolvedInput:
         """Return the input; SourceError names what was looked for."""
         key = (field.kind, field.value)
@@ -193,7 +208,13 @@ def resolve_rows(value: str, place: str = "rows", *, known: str | None = None, f
 
 
 def resolve_model(value: str, place: str = "model", *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
-    """Resolve one MODEL argument to a local folder; a hub id is fetched or found in the cache."""
+    """Resolve one MODEL argument to a local folder; a hub id is fetched or found in the cache.
+
+    `base+adapter` is an adapter on a base of the user's choice.
+    """
+    first, plus, last = value.rpartition("+")
+    if plus and first and not Path(os.path.expanduser(value)).is_dir():
+        return _on_base(value, place, resolve_model(first, fetch=fetch), resolve_adapter(last, place, fetch=fetch))
     path, revision = _locate_model(value, fetch)
     names = model_files(path)
     size = sum((path / n).stat().st_size for n in names)
@@ -204,6 +225,16 @@ def resolve_model(value: str, place: str = "model", *, known: str | None = None,
             raise SourceError(f"{path}: its base {name!r} is an adapter too; merge that one into its base first")
     digest = known or _model_fingerprint(path, names)
     return ResolvedInput(place, "model", value, (path,), digest, size, revision=revision, base=base)
+
+
+def _on_base(value: str, place: str, base: ResolvedInput, adapter: ResolvedInput) -> ResolvedInput:
+    if base.base is not None:
+        raise SourceError(f"{place} {value!r}: {base.value!r} is an adapter too; merge that one into its base first")
+    digest = combine_digests({"adapter": adapter.fingerprint, "base": base.fingerprint})
+    size = adapter.size + base.size
+    return ResolvedInput(
+        place, "model", value, adapter.paths, digest, size, revision=adapter.revision, base=base.paths[0]
+    )
 
 
 def resolve_adapter(value: str, place: str, *, known: str | None = None, fetch: bool = True) -> ResolvedInput:
@@ -254,12 +285,12 @@ def _not_a_model(path: Path) -> str:
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Say early, and to every verb, that weights which exist only as pickles are not read."""
+    """Say early, and to every verb that computes, that weights which exist only as pickles are not read."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"model {str(folder)!r}: {pickles[0]} is pickled, and pickles may hold code: honeloom never reads them, "
-            "only safetensors; convert the weights with the tool that made them"
+            f"only safetensors; make them with `honeloom convert {folder} OUT`, which runs no code of the file"
         )
 
 
@@ -308,7 +339,7 @@ def adapter_base(folder: Path) -> str | None:
         beside = folder / entry["relative"] if entry["relative"] else None
         if beside is None or not beside.is_dir():
             continue
-        if entry["place"] == "model":
+        if entry["place"] in ("model", "base"):  # the latter's name where an adapter was extracted
             return str(beside.resolve())
         if entry["kind"] == "adapter":  # aggregated: its base is theirs
             return adapter_base(beside.resolve())

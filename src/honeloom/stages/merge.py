@@ -1,124 +1,166 @@
-"""`merge`: models of one architecture in, one model out, reloaded and recomputed in samples."""
+"""`merge`: models of one architecture in, one model out, then loaded, probed and recomputed in samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from honeloom.backends.devices import DTYPES
-from honeloom.backends.hf.compare import finite_logits, probe_ids
-from honeloom.backends.hf.load import Loading, load_config, load_model, load_tokenizer
-from honeloom.checkpoint.folders import copy_config, copy_tokenizer
-from honeloom.checkpoint.reader import Checkpoint
-from honeloom.checkpoint.writer import TensorStream, write_checkpoint
+from honeloom.backends.hf.load import load_config
+from honeloom.checkpoint.folders import copy_config, copy_tokenizer, discard
+from honeloom.checkpoint.layer_fields import gather_layer_fields
+from honeloom.checkpoint.writer import Progress, write_checkpoint
 from honeloom.config.load import dump_yaml
-from honeloom.errors import IncompatibleModelsError
-from honeloom.merging.compatibility import check_compatible, compare_tokenizers
-from honeloom.merging.config import MergeConfig
-from honeloom.merging.recompute import recomputation_error
-from honeloom.merging.sources import ModelSource
-from honeloom.merging.streaming import Merger
+from honeloom.merging.engine.layout import picked_layers
+from honeloom.merging.engine.streaming import Merger
+from honeloom.merging.merge_config import MergeConfig
 from honeloom.runs.atomic import require_space, write_bytes
+from honeloom.runs.journal import Journal, read_journal
 from honeloom.runs.redact import redact
+from honeloom.stages.merge_checks import verify_merged
+from honeloom.stages.merge_data import FOLDER
+from honeloom.stages.merge_inputs import Models, open_models, plan_merge
+from honeloom.stages.merge_plan import mergekit_notes
+from honeloom.stages.merge_tokens import Matched
+from honeloom.stages.row_records import CALIBRATION_FILE, write_table
 from honeloom.stages.work import Outcome, Work
-from honeloom.types.report import Check
+from honeloom.system import give_back_memory
 
-__all__ = ["execute", "verify_merged", "warn_of_loss", "write_streams"]
+__all__ = ["execute", "warn_of_loss", "write_merged"]
 
 _NOTABLE_LOSS = 0.05
 _ROOM_FOR_SMALL_FILES = 64 << 20
+_JOURNAL = "merge.journal"
 
 
 def execute(work: Work[MergeConfig]) -> Outcome:
     """Run a merge."""
     config = work.config
+    for note in mergekit_notes(config):
+        work.log.say(f"merge: {note}")
     with ExitStack() as stack:
-        sources = _open_sources(work, stack)
-        _check_sources(work, sources)
-        merger = _plan(config, sources)
-        streams = merger.streams()
-        require_space(work.dir, sum(s.nbytes for s in streams) + _ROOM_FOR_SMALL_FILES)
-        work.log.say(f"merge: {config.method.type} of {len(merger.models)} models, {len(streams)} tensors")
-        written = write_streams(work, streams)
+        models = open_models(work, stack)
+        merger, matched, measured = plan_merge(work, models, stack)
+        work.log.say(
+            f"merge: {config.method.type} of {len(models.ordered)} models, {len(merger.parts)} tensors; "
+            f"configuration and tokenizer from {merger.donor.name}"
+        )
+        written = write_merged(work, merger)
+        read = sum(s.bytes_read for s in models.ordered.values())
+        _write_small_files(work, models, merger, matched)
+        warn_of_loss(work, merger)
+        started = time.monotonic()
+        checks, probed = verify_merged(work, merger, allow_nan=config.allow_nan)
+        work.log.event("verified", took=round(time.monotonic() - started, 3))
         details = {
             "method": config.method.type,
             "donor": merger.donor.name,
             "lost_delta_fraction": merger.lost_delta_fraction,
-            "bytes_read": sum(s.bytes_read for s in dict.fromkeys(sources.values())),
+            "bytes_read": read,
             "bytes_written": written,
+            "models": [{"model": s.name, "sha256": _fingerprint(work, s.name)} for s in models.ordered.values()],
+            "probe": probed.to_json(),
         }
-        _write_small_files(work, merger.donor)
-        warn_of_loss(work, merger)
-        checks = verify_merged(work, merger, allow_nan=config.allow_nan)
+        if matched:
+            details["tokenizer"] = matched.to_json()
+        if measured:
+            details["data"] = list(measured.models)
+            write_table(work.dir / CALIBRATION_FILE, {"id": list(measured.ids)})
+    discard(work.dir / FOLDER)
     return Outcome("model", checks=checks, details=details, relation="merge")
 
 
-def _open_sources(work: Work[MergeConfig], stack: ExitStack) -> dict[str, ModelSource]:
-    """Open every input by its place in the config; a model that is listed twice is opened once."""
-    opened: dict[Path, ModelSource] = {}
-    for found in work.inputs.values():
-        folder = found.paths[0]
-        if folder not in opened:
-            source = ModelSource(found.value, folder, found.base, allow_nan=work.config.allow_nan)
-            opened[folder] = stack.enter_context(source)
-    return {place: opened[found.paths[0]] for place, found in work.inputs.items()}
+def write_merged(work: Work[Any], merger: Merger) -> int:
+    """Write the tensors as they are computed, going on where an interrupted attempt stopped; returns their bytes."""
+    streams = merger.streams()
+    present = sum(p.stat().st_size for p in work.dir.glob("*.safetensors")) if work.resumed else 0
+    require_space(work.dir, max(0, sum(s.nbytes for s in streams) - present) + _ROOM_FOR_SMALL_FILES)
+    journal = work.dir / _JOURNAL
+    if work.resumed:
+        for entry in read_journal(journal):
+            merger.counts.update({name: (lost, count) for name, (lost, count) in entry.get("tensors", {}).items()})
+            for name in entry.get("forgotten", ()):
+                merger.counts.pop(name, None)
+    else:
+        journal.unlink(missing_ok=True)
+    finished = set(merger.counts)
+    if finished:
+        work.log.say(f"merge: {len(finished)} of {len(streams)} tensors were written before")
+    with Journal(journal) as record, work.log.console.progress("merge tensors", len(streams)) as advance, _one_thread():
+        advance(len(finished))
+
+        def keep(names: Sequence[str]) -> None:
+            record.append({"tensors": {name: merger.counts[name] for name in names}})
+
+        def forget(names: Sequence[str]) -> None:
+            record.append({"forgotten": list(names)})
+
+        progress = Progress(finished, lambda name: advance(1), keep, forget)
+        started = time.monotonic()
+        size = write_checkpoint(work.dir, streams, threads=merger.threads, progress=progress)
+        work.log.event("written", took=round(time.monotonic() - started, 3), threads=merger.threads)
+    journal.unlink()
+    give_back_memory()
+    return size
 
 
-def _check_sources(work: Work[MergeConfig], sources: dict[str, ModelSource]) -> None:
-    """Refuse models that do not fit, before their weights are read; say where tokenizers differ."""
-    donor = _donor(sources)
-    ordered = {s.name: s for s in (donor, *sources.values())}
-    configs = {name: load_config(s.folder).to_dict() for name, s in ordered.items()}
-    check_compatible(configs, {name: s.tensors for name, s in ordered.items()})
-    for finding in compare_tokenizers({name: s.tokenizer_folder for name, s in ordered.items()}):
-        work.log.warn(finding)
+class _one_thread:
+    """Let torch use one thread: tensors are what is shared out among threads."""
+
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
 
 
-def _donor(sources: dict[str, ModelSource]) -> ModelSource:
-    return sources.get("base_model") or sources["models.0.model"]
+def _write_small_files(work: Work[MergeConfig], models: Models, merger: Merger, matched: Matched | None) -> None:
+    config, donor = work.config, merger.donor
+    changes: dict[str, Any] = {}
+    dtype = None
+    if config.dtype != "auto" or "quantization_config" in donor.config:
+        dtype = str(merger.dtype or merger.default_dtype).removeprefix("torch.")
+    picked = picked_layers(config, models.sources)
+    if picked is not None:
+        changes |= gather_layer_fields(donor.config, picked)
+    if not donor.tied and load_config(donor.folder).tie_word_embeddings:  # by default too, as in Gemma
+        changes["tie_word_embeddings"] = False
+    generation: dict[str, Any] = {}
+    if matched:
+        found, generation = matched.write(work)
+        changes |= found
+    else:
+        copy_tokenizer(donor.tokenizer_folder, work.dir)
+    drop = ("quantization_config",)  # 8-bit weights became what they stand for
+    copy_config(donor.folder, work.dir, dtype=dtype, drop=drop, generation=generation, changes=changes)
+    write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved(work))).encode())
 
 
-def _plan(config: MergeConfig, sources: dict[str, ModelSource]) -> Merger:
-    base = sources.get("base_model")
-    models = [sources[f"models.{i}.model"] for i in range(len(config.models))]
-    weights = [source.weight for source in config.models]
-    if config.method.type == "slerp":
-        models = [*([base] if base else []), *(m for m in models if m is not base)]
-        if len(models) != 2:
-            raise IncompatibleModelsError("slerp: both ends are the same model; give two different ones")
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    return Merger(config.method, models, weights, base, _donor(sources), dtype, config.allow_nan)
+def resolved(work: Work[MergeConfig]) -> dict[str, Any]:
+    """The configuration with every default, and models as the user named them."""
+    document: dict[str, Any] = work.config.model_dump(mode="json", exclude={"source_format", "max_memory", "threads"})
+    for place, found in work.inputs.items():
+        node: Any = document
+        *path, last = place.split(".")
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        node[int(last) if isinstance(node, list) else last] = found.value
+    trimmed: dict[str, Any] = _without_unset(document)
+    return trimmed
 
 
-def write_streams(work: Work[Any], streams: list[TensorStream]) -> int:
-    """Write the tensors of a model as they are computed, with progress; returns the bytes written."""
-    with work.log.console.progress("merge tensors", len(streams)) as advance:
-        counted = [replace(s, chunks=partial(_then, s.chunks, partial(advance, 1))) for s in streams]
-        return write_checkpoint(work.dir, counted)
+def _without_unset(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _without_unset(v) for k, v in node.items() if v is not None and v != [] and v != {}}
+    return [_without_unset(item) for item in node] if isinstance(node, list) else node
 
 
-def _then(chunks: Callable[[], Iterable[torch.Tensor]], done: Callable[[], None]) -> Iterator[torch.Tensor]:
-    yield from chunks()
-    done()
-
-
-def _write_small_files(work: Work[MergeConfig], donor: ModelSource) -> None:
-    config = work.config
-    changes = {} if config.dtype == "auto" else {"dtype": str(DTYPES[config.dtype]).removeprefix("torch.")}
-    copy_config(donor.folder, work.dir, **changes)
-    copy_tokenizer(donor.tokenizer_folder, work.dir)
-    resolved: dict[str, Any] = config.model_dump(mode="json")
-    for i, source in enumerate(resolved["models"]):
-        source["model"] = work.inputs[f"models.{i}.model"].value
-    if "base_model" in work.inputs:
-        resolved["base_model"] = work.inputs["base_model"].value
-    write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved)).encode())
+def _fingerprint(work: Work[MergeConfig], name: str) -> str | None:
+    return next((i.fingerprint for i in work.inputs.values() if i.value == name and i.kind == "model"), None)
 
 
 def warn_of_loss(work: Work[Any], merger: Merger) -> None:
@@ -127,27 +169,5 @@ def warn_of_loss(work: Work[Any], merger: Merger) -> None:
     if share > _NOTABLE_LOSS:
         work.log.warn(
             f"{share:.0%} of the weights change by less than the output type can express and stay the base's; "
-            "dtype: fp32 keeps them"
+            "dtype: fp32 keeps them, rounding: stochastic keeps them on average"
         )
-
-
-def verify_merged(work: Work[Any], merger: Merger, *, allow_nan: bool = False) -> tuple[Check, ...]:
-    """Load what was written in transformers, and recompute samples of it from the inputs."""
-    config = work.config
-    tokenizer = load_tokenizer(work.dir)
-    model = load_model(work.dir, loading=Loading(config.device))
-    finite = finite_logits(model, probe_ids(tokenizer, model.config, config.seed))
-    probes = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
-    with Checkpoint.open(work.dir) as written:
-        error = recomputation_error(merger, written, seed=config.seed)
-    return (
-        Check(
-            f"transformers loads the result and its logits on {probes} are finite",
-            finite,
-            True,
-            finite or allow_nan,
-        ),
-        Check(
-            "merged values, recomputed in samples: largest error in units of the last place", error, 0.5, error <= 0.5
-        ),
-    )

@@ -19,12 +19,14 @@ from honeloom.errors import CheckpointError, ConfigError, HoneloomError
 from honeloom.federated.continuation import follows
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.privacy import exposure_of, mode_of
+from honeloom.merging.merge_config import MergeConfig
 from honeloom.planning import FSDP_PROFILE
 from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
+from honeloom.stages.merge_plan import merge_notes
 from honeloom.stages.runner import Job
 from honeloom.tuning.config import TuneConfig, TuneOptimizer
 from honeloom.types.plans import Needs, Setting, StagePlan
@@ -218,10 +220,12 @@ def _states(optimizer: TuneOptimizer) -> int:
 
 
 def _notes(job: Job) -> tuple[str, ...]:
-    """What a federation's operator should know, who sees what and bytes per round; and what a plan cannot measure."""
+    """What a federation's operator should know, what a merge decides, and what a plan cannot measure."""
     config = job.config
     if isinstance(config, TuneConfig) and config.optimizer.type == "mezo":
         return _mezo_notes(config)
+    if isinstance(config, MergeConfig):
+        return merge_notes(config, job.inputs)
     if not isinstance(config, FederateConfig):
         return ()
     return (*exposure_of(config).lines(), *_traffic(config, _model_config(job)))

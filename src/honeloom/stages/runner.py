@@ -11,13 +11,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, NoResultMark, VerbConfig, collect_inputs
 from honeloom.config.load import dump_yaml
-from honeloom.errors import CheckpointError, ConfigError, VerificationError
+from honeloom.errors import CheckpointError, ConfigError, SourceError, VerificationError
 from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import read_decoder
 from honeloom.registry import family, load_target
@@ -38,7 +39,10 @@ from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
 from honeloom.verbs import VERBS, Verb
 
-__all__ = ["SIDE_FILES", "Job", "announce", "load_report", "prepare", "run_job", "space_needed", "write_side_files"]
+__all__ = [
+    "SIDE_FILES", "Job", "announce", "load_report", "prepare", "require_content", "run_job", "space_needed",
+    "write_side_files",
+]  # fmt: skip
 
 SIDE_FILES = (
     "report.json",
@@ -76,7 +80,7 @@ class Job:
         )
 
 
-def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
+def prepare(verb_name: str, config: VerbConfig, resolver: Resolver, *, runs: bool = False) -> Job:
     """Resolve a stage's inputs and compute its key.
 
     Parameters
@@ -87,9 +91,13 @@ def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
         Its settings.
     resolver : Resolver
         Finds the inputs.
+    runs : bool
+        Whether the stage will run, so that its code can be loaded while models are read.
     """
     verb = VERBS[verb_name]
-    inputs = {f.place: resolver.resolve(f) for f in collect_inputs(config)}
+    fields = list(collect_inputs(config))
+    resolver.read_ahead(fields, partial(load_target, verb.execute) if runs else lambda: None)
+    inputs = {f.place: resolver.resolve(f) for f in fields}
     neutral = config.model_dump(mode="json")
     for name, info in type(config).model_fields.items():
         if any(isinstance(m, NoResultMark) for m in info.metadata):
@@ -101,6 +109,31 @@ def prepare(verb_name: str, config: VerbConfig, resolver: Resolver) -> Job:
         settings["processes"] = world_size()
     key = stage_key(verb.name, verb.version, settings, [i.fingerprint for i in inputs.values()])
     return Job(verb, config, inputs, key)
+
+
+def require_content(job: Job, wanted: Mapping[str, str]) -> None:
+    """Refuse inputs whose content is not what a record says.
+
+    Parameters
+    ----------
+    job : Job
+        From `prepare`.
+    wanted : mapping
+        Place of an input -> its fingerprint.
+
+    Raises
+    ------
+    SourceError
+        An input differs; the message names it and the flag that gives another.
+    """
+    for place, digest in wanted.items():
+        found = job.inputs.get(place)
+        if found is None or found.fingerprint != digest:
+            value, has = (found.value, found.fingerprint) if found else (None, None)
+            raise SourceError(
+                f"{place} {value!r} has the content {has}, and the record says {digest}; give the right one with "
+                f"--set {place}=PATH"
+            )
 
 
 def _method_versions(verb: Verb, config: VerbConfig) -> list[int]:

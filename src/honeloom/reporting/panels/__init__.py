@@ -34,6 +34,7 @@ from honeloom.reporting.panels.importance import importance_panel
 from honeloom.reporting.panels.kept_rows import kept_rows_panel
 from honeloom.reporting.panels.loss_curve import loss_curve_panel
 from honeloom.reporting.panels.metrics import metrics_panel
+from honeloom.reporting.panels.parents import parents_panel, tokens_panel
 from honeloom.reporting.panels.pool_rows import pool_rows_panel
 from honeloom.reporting.panels.removal import removal_panel
 from honeloom.reporting.panels.row_map import row_map_panel
@@ -50,7 +51,7 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
         labels_panel, domain_mix_panel, scores_panel, kept_panel, pool_rows_panel, kept_rows_panel,
     ),
     "tune": (loss_curve_panel, curvature_panel, distances_panel),
-    "merge": (),
+    "merge": (parents_panel, tokens_panel),
     "drop": (importance_panel,),
     "federate": (
         loss_by_round_panel, rounds_panel, client_losses_panel, client_rates_panel, loss_by_bytes_panel, traffic_panel,
