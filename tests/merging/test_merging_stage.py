@@ -45,14 +45,14 @@ def test_linear(models, merge):
     assert outcome.relation == "merge"
     assert all(check.passed for check in outcome.checks)
     size = sum(t.nbytes for t in a.values())
-    details = {k: v for k, v in outcome.details.items() if k not in ("models", "probe", "bytes_read")}
+    details = {k: v for k, v in outcome.details.items() if k not in ("models", "probe")}
     assert details == {
         "method": "linear",
         "donor": str(models["a"]),
         "lost_delta_fraction": 0.0,
+        "bytes_read": 2 * size,
         "bytes_written": (merge.out / "model.safetensors").stat().st_size,
     }
-    assert 2 * size <= outcome.details["bytes_read"] <= 4 * size  # the beginnings of tensors are compared first
     assert [m["model"] for m in outcome.details["models"]] == [str(models["a"]), str(models["b"])]
     assert {p["model"] for p in outcome.details["probe"]["parents"]} == {str(models["a"]), str(models["b"])}
     assert sorted(p.name for p in merge.out.iterdir()) == [

@@ -49,7 +49,6 @@ def execute(work: Work[MergeConfig]) -> Outcome:
             f"configuration and tokenizer from {merger.donor.name}"
         )
         written = write_merged(work, merger)
-        read = sum(s.bytes_read for s in models.ordered.values())
         _write_small_files(work, models, merger, matched)
         warn_of_loss(work, merger)
         started = time.monotonic()
@@ -59,7 +58,7 @@ def execute(work: Work[MergeConfig]) -> Outcome:
             "method": config.method.type,
             "donor": merger.donor.name,
             "lost_delta_fraction": merger.lost_delta_fraction,
-            "bytes_read": read,
+            "bytes_read": merger.bytes_in,
             "bytes_written": written,
             "models": [{"model": s.name, "sha256": _fingerprint(work, s.name)} for s in models.ordered.values()],
             "probe": probed.to_json(),

@@ -123,11 +123,6 @@ class ModelSource:
         """Content of config.json."""
         return self._weights.config
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights read so far."""
-        return self._weights.bytes_read + (self._adapter.weights.bytes_read if self._adapter else 0)
-
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
         return self.tensors[name]

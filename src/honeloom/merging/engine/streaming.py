@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from honeloom.checkpoint.dtypes import FLOAT8_DTYPES, FLOAT_DTYPES, torch_dtype
+from honeloom.checkpoint.headers import DTYPE_BITS
 from honeloom.checkpoint.writer import TensorStream
 from honeloom.config.methods import MethodConfig
 from honeloom.errors import ConfigError, IncompatibleModelsError, NotFiniteError
@@ -129,6 +130,12 @@ class Merger:
         """Share of elements whose change is lost to the output type; 0 without a base."""
         lost, elements = (sum(c[i] for c in self.counts.values()) for i in (0, 1))
         return lost / elements if elements else 0.0
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the stored tensors that the result is made of, each counted once for every model and part."""
+        members = [model.info(name) for part in self.parts for model, name in self._members(part)]
+        return sum(info.elements * DTYPE_BITS[info.dtype] // 8 for info in members)
 
     def streams(self) -> list[TensorStream]:
         """Every tensor of the result, in order; nothing is read yet."""
