@@ -14,7 +14,8 @@ from honeloom.errors import ConfigError
 from honeloom.types.rows import Row
 
 __all__ = [
-    "EmbedPort", "GeneratePort", "GradientPort", "LossPort", "RowLossLike", "RowTable", "SelectionData", "UtilityPort",
+    "CandidatePort", "EmbedPort", "GeneratePort", "GradientPort", "LossPort", "RowLossLike", "RowTable",
+    "SelectionData", "UtilityPort",
 ]  # fmt: skip
 
 Vectors = npt.NDArray[np.float32]
@@ -134,6 +135,34 @@ class UtilityPort(Protocol):
 
     def evaluate(self, coalition: frozenset[int], repeat: int) -> float:
         """The same, with the random numbers of the `repeat`-th time (from 0)."""
+
+
+class CandidatePort(Protocol):
+    """Merges of some models, measured row by row. A candidate is a `Candidate` of merging.search.
+
+    A row's value is summed over what is scored of it, and lower is better; its weight, what the value is divided by
+    (characters, tokens or 1), is the same for every candidate.
+    """
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the N models."""
+
+    @property
+    def groups(self) -> int:
+        """Rows G of a candidate's weights (G, N)."""
+
+    def single(self, model: int, rows: Sequence[int]) -> Values:
+        """Value and weight of some rows under one model as it is, (n, 2)."""
+
+    def measure(self, candidate: Any, rows: Sequence[int]) -> Values:
+        """Value and weight of some rows under a candidate, (n, 2)."""
+
+    def gradient(self, candidate: Any, rows: Sequence[int], factors: Values) -> tuple[Values, Values]:
+        """Value and weight of some rows, and the gradient (G, N) of the sum of factor (n,) times value.
+
+        The gradient is that in the candidate's weights.
+        """
 
 
 def _no_model(*_: Any, **__: Any) -> NoReturn:
