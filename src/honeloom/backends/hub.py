@@ -40,6 +40,8 @@ MODEL_PATTERNS = [
     "*.model",
     "merges.txt",
     "vocab.txt",
+    "*/merges.txt",
+    "*/vocab.txt",
     "*.jinja",
 ]
 ROW_PATTERNS = [

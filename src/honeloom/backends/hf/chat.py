@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -54,6 +55,8 @@ class Encoded:
         Whether tokens were cut at the end.
     ends : bool
         Whether the end of the last assistant turn, or the text's <eos>, is kept and scored.
+    prompt : int
+        Tokens at the beginning by which a router may decide; 0 where nothing is routed.
     """
 
     ids: tuple[int, ...]
@@ -61,6 +64,7 @@ class Encoded:
     chars: int
     truncated: bool
     ends: bool
+    prompt: int = 0
 
     @property
     def targets(self) -> int:
@@ -137,6 +141,27 @@ class Encoder:
             cut = len(head) < len(prompt)
             encoded.append(Encoded(tuple(ids), tuple(scored[-len(ids) :]), len(choice), cut, ends=False))
         return encoded
+
+    def prompt_ids(self, row: Row, *, empty_prompt: bool = False) -> list[int]:
+        """Token ids of what stands before the first answer, as if none followed: what a router reads.
+
+        A plain text has no prompt, and neither has a conversation that the assistant begins.
+
+        Raises
+        ------
+        UnrenderableRow
+            The template refuses this row.
+        """
+        if row.kind == "choice":
+            return self._bos() + self._ids(f"Question: {row.prompt}\nAnswer:")
+        turns = list(takewhile(lambda t: t.role != "assistant", row.turns))
+        if not turns:
+            return []
+        messages = [{"role": t.role, "content": "" if empty_prompt else t.content} for t in turns]
+        if self.template is None:
+            texts = [f"{m['content']}\n" for m in messages if m["content"]]
+            return self._bos() + [i for text in texts for i in self._ids(text)]
+        return self._ids(str(self._apply(messages, tokenize=False, add_generation_prompt=True)))
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a text, special tokens not counted."""

@@ -13,9 +13,9 @@ import torch
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
-from honeloom.backends.hf.score import WINDOW, Progress, windows
+from honeloom.backends.hf.mixture_model import layout_of
+from honeloom.backends.hf.score import WINDOW, Progress, has_own_tokenizers, windows
 from honeloom.backends.hf.states import mean_states
-from honeloom.checkpoint.architectures import architecture_of
 from honeloom.errors import SourceError
 from honeloom.types.rows import Row
 
@@ -65,7 +65,7 @@ class Embedder:
         self.encoder = encoder
         self.layer = layer
         self.batch_size = batch_size
-        self.architecture = architecture_of(model.config.to_dict())
+        self.architecture = layout_of(model)
 
     @classmethod
     def open(
@@ -73,6 +73,8 @@ class Embedder:
         max_length: int | None = None,
     ) -> Embedder:  # fmt: skip
         """Load model and tokenizer; `layer` is a depth from 0, the embedding, to 1, the last layer's output.
+
+        Of a mixture of whole models: its encoder, for vectors of several models have nothing in common.
 
         Raises
         ------
@@ -83,6 +85,8 @@ class Embedder:
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be embedded; add tokenizer.json to the folder")
         model = load_model(path, base=base, loading=loading)
+        if has_own_tokenizers(path):
+            model = model.reader
         encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, max_length))
         return cls(model, encoder, layer_at(model, layer), batch_size)
 

@@ -13,16 +13,18 @@ import torch
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, max_positions
+from honeloom.backends.hf.score import has_own_tokenizers
 from honeloom.errors import SourceError
 from honeloom.ops.noise import uniform
+from honeloom.registry import load_target
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "Prompter"]
 
 LEAST_ROOM = 16
 """New tokens below which a prompt counts as too long."""
 
 
-class _Prompter(Encoder):
+class Prompter(Encoder):
     """Renders one user turn, and the beginning of the answer."""
 
     def prompt(self, text: str) -> list[int]:
@@ -40,13 +42,13 @@ class Generator:
     ----------
     model : transformers model
         In evaluation mode.
-    encoder : _Prompter
+    encoder : Prompter
         Renders prompts with the tokenizer's chat template, where there is one.
     batch_size : int
         Prompts per forward pass.
     """
 
-    def __init__(self, model: Any, encoder: _Prompter, batch_size: int) -> None:
+    def __init__(self, model: Any, encoder: Prompter, batch_size: int) -> None:
         self.model = model
         self.encoder = encoder
         self.batch_size = batch_size
@@ -56,12 +58,20 @@ class Generator:
     def open(
         cls, path: Path, *, base: Path | None = None, loading: Loading | None = None, batch_size: int = 16
     ) -> Generator:
-        """Load model and tokenizer; SourceError if the folder has no tokenizer."""
+        """Load model and tokenizer; SourceError if the folder has no tokenizer.
+
+        Of a mixture of whole models: a generator whose prompts are answered by the model chosen for each.
+        """
+        if has_own_tokenizers(path):
+            routed: Generator = load_target("honeloom.backends.hf.routed:RoutedGenerator").open(
+                path, base=base, loading=loading, batch_size=batch_size
+            )
+            return routed
         tokenizer = load_tokenizer(path, base=base)
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so it cannot write; add tokenizer.json to the folder")
         model = load_model(path, base=base, loading=loading)
-        return cls(model, _Prompter(tokenizer, max_positions(model.config, tokenizer)), batch_size)
+        return cls(model, Prompter(tokenizer, max_positions(model.config, tokenizer)), batch_size)
 
     def generate(
         self, prompts: Sequence[str], *, seed: int, max_new_tokens: int, temperature: float, top_p: float
@@ -85,6 +95,13 @@ class Generator:
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: need >= 1, "
                              ">= 0 and (0, 1]")  # fmt: skip
+        return self._answer(prompts, range(len(prompts)), seed, max_new_tokens, temperature, top_p)
+
+    def _answer(
+        self, prompts: Sequence[str], numbers: Sequence[int], seed: int, max_new_tokens: int, temperature: float,
+        top_p: float,
+    ) -> list[str]:  # fmt: skip
+        """Answers to prompts whose draws go by the given numbers."""
         limit = self.encoder.max_length
         encoded = [self.encoder.prompt(text) for text in prompts]
         fits = [i for i, ids in enumerate(encoded) if ids and limit - len(ids) >= min(LEAST_ROOM, max_new_tokens)]
@@ -94,7 +111,7 @@ class Generator:
         for start in range(0, len(fits), self.batch_size):
             picked = fits[start : start + self.batch_size]
             room = min(max_new_tokens, limit - len(encoded[picked[0]]))
-            draws = torch.stack([uniform(seed, f"generate/{i}", room) for i in picked])
+            draws = torch.stack([uniform(seed, f"generate/{numbers[i]}", room) for i in picked])
             with memory_guard(self.model.device, f"writing {len(picked)} texts", advice):
                 tokens = self._sample([encoded[i] for i in picked], draws, temperature, top_p)
             for i, ids in zip(picked, tokens, strict=True):

@@ -30,6 +30,7 @@ from honeloom.planning.memory import Work, read_decoder, weight_bytes
 from honeloom.registry import load_target
 
 __all__ = [
+    "MIXTURES",
     "Loading",
     "load_arguments",
     "load_config",
@@ -47,6 +48,12 @@ _FIELDS = (
     (re.compile(r"lm_head"), "tie_word_embeddings"),
 )
 
+
+MIXTURES = {
+    "honeloom_mixture": "honeloom.backends.hf.mixture_model:register",
+    "honeloom_models": "honeloom.backends.hf.models_mixture:register",
+}
+"""Model types of our own -> what makes them known to transformers."""
 
 ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
 
@@ -129,13 +136,16 @@ def _check_loading(path: Path, loading: Loading, device: torch.device, config: M
 def load_config(path: Path) -> Any:
     """Read a model's configuration; refuses repositories that need their own code."""
     file = path / "config.json"
-    code = read_config(path).get("auto_map")
+    document = read_config(path)
+    code = document.get("auto_map")
     if code:
         names = ", ".join(map(str, code.values())) if isinstance(code, dict) else str(code)
         raise CheckpointError(
             f"{file}: auto_map asks to run code from the repository ({names});"
             " honeloom never runs such code. Use a model whose architecture transformers knows"
         )
+    if document.get("model_type") in MIXTURES:
+        load_target(MIXTURES[document["model_type"]])()
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
@@ -203,7 +213,7 @@ def _loaded_bytes(config: Mapping[str, Any], files: Sequence[Path], loading: Loa
 
 def _require_quantised(path: Path, model: Any, load_in: str) -> None:
     """Refuse experts that stay as they are: bitsandbytes replaces linear layers, and they are one tensor per layer."""
-    left = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 3}
+    left = {n: p.numel() for n, p in model.named_parameters() if p.ndim == 3 and ".gate." not in n}
     if left:
         raise ConfigError(
             f"{path}: load_in {load_in} would leave its experts unquantised ({next(iter(left))} and others, "

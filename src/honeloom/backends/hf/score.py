@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,22 @@ import torch
 from honeloom.backends.devices import memory_guard
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
+from honeloom.checkpoint.folders import read_config
 from honeloom.errors import NotFiniteError, SourceError
+from honeloom.registry import load_target
 from honeloom.types.rows import Row
 
-__all__ = ["ChoiceScore", "RowLoss", "Scorer", "pack_batch", "pad_batch", "windows"]
+__all__ = [
+    "ChoiceScore",
+    "Progress",
+    "RowLoss",
+    "Scorer",
+    "has_own_tokenizers",
+    "pack_batch",
+    "pad_batch",
+    "prompt_length",
+    "windows",
+]
 
 Progress = Callable[[Iterable[Row], str, int | None], Iterable[Row]]
 
@@ -79,6 +91,7 @@ class Scorer:
         self.batch_size = batch_size
         self.progress = progress
         self.unscored: list[tuple[Row, str]] = []
+        self._routes = bool(getattr(getattr(model, "config", None), "reads_prompt", False))
 
     @classmethod
     def open(
@@ -91,7 +104,15 @@ class Scorer:
         max_length: int | None = None,
         progress: Progress | None = None,
     ) -> Scorer:
-        """Load model and tokenizer; SourceError if the folder has no tokenizer."""
+        """Load model and tokenizer; SourceError if the folder has no tokenizer.
+
+        Of a mixture of whole models: a scorer that reads every row by its model's own tokenizer.
+        """
+        if has_own_tokenizers(path):
+            routed: Scorer = load_target("honeloom.backends.hf.routed:RoutedScorer").open(
+                path, base=base, loading=loading, batch_size=batch_size, max_length=max_length, progress=progress
+            )
+            return routed
         tokenizer = load_tokenizer(path, base=base)
         if tokenizer is None:
             raise SourceError(f"{path}: no tokenizer, so rows cannot be read by it; add tokenizer.json to the folder")
@@ -112,7 +133,7 @@ class Scorer:
 
     def choices(self, rows: Iterable[Row]) -> Iterator[tuple[Row, ChoiceScore]]:
         """Yield every multiple-choice row with the losses of its choices, in order."""
-        for window in windows(((r, self.encoder.encode_choices(r)) for r in rows), self.batch_size * 8):
+        for window in windows(((r, self._marked_choices(r)) for r in rows), self.batch_size * 8):
             sums = iter(self._sums([e for _, options in window for e in options]))
             for row, options in window:
                 losses = tuple(next(sums) for _ in options)
@@ -122,7 +143,7 @@ class Scorer:
         total = len(rows) if isinstance(rows, Sized) else None
         for row in self.progress(rows, "score rows", total):
             try:
-                encoded = self.encoder.encode(row, empty_prompt=not with_prompt)
+                encoded = self._marked(row, empty_prompt=not with_prompt)
             except UnrenderableRow as error:
                 self.unscored.append((row, str(error)))
                 continue
@@ -130,6 +151,19 @@ class Scorer:
                 self.unscored.append((row, f"no scored token within {self.encoder.max_length} tokens"))
                 continue
             yield row, encoded
+
+    def _marked(self, row: Row, *, empty_prompt: bool) -> Encoded:
+        """A row in tokens, and how many of them a router may read."""
+        encoded = self.encoder.encode(row, empty_prompt=empty_prompt)
+        if not self._routes:
+            return encoded
+        prompt = self.encoder.prompt_ids(row, empty_prompt=empty_prompt)
+        return replace(encoded, prompt=prompt_length(encoded, prompt, self.model.config.spec.prompt_tokens))
+
+    def _marked_choices(self, row: Row) -> list[Encoded]:
+        """A question with each of its choices; a router may read the question, as far as it was kept."""
+        options = self.encoder.encode_choices(row)
+        return [replace(e, prompt=e.scored.index(True)) if self._routes else e for e in options]
 
     def _sums(self, encoded: Sequence[Encoded]) -> list[float]:
         """Summed loss of each, computed in batches of similar length."""
@@ -152,11 +186,21 @@ class Scorer:
         in_4_bits = getattr(self.model, "is_loaded_in_4bit", False)
         return [*fewer, f"--max-length {self.encoder.max_length // 2}", *([] if in_4_bits else ["--load-in 4bit"])]
 
+    def _routing(self, batch: Sequence[Encoded], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of a mixture that decides per row: the tokens that it decides by, so that it never reads the answer."""
+        if not self._routes:
+            return {}
+        mask = torch.zeros_like(ids)
+        for i, encoded in enumerate(batch):
+            mask[i, : encoded.prompt] = 1
+        return {"routing_mask": mask}
+
     @torch.inference_mode()
     def _batch_sums(self, batch: Sequence[Encoded]) -> list[float]:
         # Padding stands to the right of a causal model's tokens, so no mask is needed.
         ids, _, labels = pad_batch(batch, self.model.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        routing = self._routing(batch, ids)
+        logits = self.model(input_ids=ids, use_cache=False, **routing).logits[:, :-1]
         targets = labels[:, 1:].to(logits.device)
         sums = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
         for i in range(len(batch)):  # row by row: fp32 copies of a batch's logits would be the peak of memory
@@ -166,6 +210,22 @@ class Scorer:
         if not torch.isfinite(sums).all():
             raise NotFiniteError("the model's loss is NaN or infinite; its weights or --dtype are unusable")
         return [float(s) for s in sums.cpu()]
+
+
+def has_own_tokenizers(path: Path) -> bool:
+    """Whether a folder holds a mixture of whole models, each with its own tokenizer."""
+    return (path / "config.json").is_file() and read_config(path).get("model_type") == "honeloom_models"
+
+
+def prompt_length(encoded: Encoded, prompt_ids: Sequence[int], prompt_tokens: int) -> int:
+    """Tokens of a row that a router may read: those of its prompt, of a row without one the first few.
+
+    A token in which the prompt ends and the answer begins is not read, and one that begins every
+    text is no prompt.
+    """
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(encoded.ids, prompt_ids, strict=False))
+    length = sum(1 for _ in same)
+    return length if length > 1 else min(len(encoded.ids), prompt_tokens)
 
 
 def pad_batch(batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

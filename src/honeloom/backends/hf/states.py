@@ -18,7 +18,16 @@ from honeloom.backends.hf.score import pad_batch
 from honeloom.checkpoint.architectures import Architecture
 from honeloom.errors import CheckpointError
 
-__all__ = ["Kind", "RunningMean", "layers_of", "mean_states", "skip_sublayers", "watch_sublayers"]
+__all__ = [
+    "Kind",
+    "Reached",
+    "RunningMean",
+    "layers_of",
+    "mean_states",
+    "skip_sublayers",
+    "stream_after",
+    "watch_sublayers",
+]
 
 Kind = Literal["attention", "mlp", "block"]
 Observer = Callable[[Kind, int, torch.Tensor, torch.Tensor], None]
@@ -159,7 +168,7 @@ def skip_sublayers(
             handle.remove()
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """A forward pass has come as far as anyone wants to see."""
 
 
@@ -175,27 +184,41 @@ def mean_states(
     layer : int
         -1 is the embedding, i the output of decoder layer i.
     """
+    with stream_after(model, architecture, layer) as held:
+        for batch in batches:
+            ids, mask, _ = pad_batch(batch, model.device)
+            with torch.inference_mode(), suppress(Reached):
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            weight = mask.unsqueeze(-1).float()
+            yield (held.pop("state").float() * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+@contextmanager
+def stream_after(model: Any, architecture: Architecture, layer: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Within it, a forward pass ends with `Reached` once a layer is done, and its output (B, T, D) is in "state".
+
+    Parameters
+    ----------
+    layer : int
+        -1 is the embedding, i the output of decoder layer i.
+    """
     held: dict[str, torch.Tensor] = {}
     layers = layers_of(model, architecture)
 
     def keep_input(module: Any, args: Any, kwargs: Any) -> None:
         held["state"] = args[0] if args else kwargs["hidden_states"]
-        raise _Reached
+        raise Reached
 
     def keep_output(module: Any, args: Any, output: Any) -> None:
         held["state"] = output[0] if isinstance(output, tuple) else output
-        raise _Reached
+        raise Reached
 
     if layer == -1:
-        handle = layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+        first = layers[0] if len(layers) else model.get_submodule(architecture.final_norm)
+        handle = first.register_forward_pre_hook(keep_input, with_kwargs=True)
     else:
         handle = layers[layer].register_forward_hook(keep_output)
     try:
-        for batch in batches:
-            ids, mask, _ = pad_batch(batch, model.device)
-            with torch.inference_mode(), suppress(_Reached):
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            weight = mask.unsqueeze(-1).float()
-            yield (held.pop("state").float() * weight).sum(dim=1) / weight.sum(dim=1)
+        yield held
     finally:
         handle.remove()
