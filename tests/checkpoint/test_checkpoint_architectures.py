@@ -31,6 +31,10 @@ SETTINGS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "bos_token_id": 1},
     "gpt_neox": {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")},
     "mixtral": {**TEXT, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **TEXT, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
     "qwen3_moe": {**TEXT, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "gemma3": {
         "text_config": {**TEXT, "sliding_window": 8}, "vision_config": EYES, "mm_tokens_per_image": 4,

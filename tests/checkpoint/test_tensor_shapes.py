@@ -21,6 +21,13 @@ SPECIAL = {
     "phi3": {**SMALL, "pad_token_id": 0},
     "mixtral": {**SMALL, "num_local_experts": 4},
     "qwen3": {**SMALL, "head_dim": 16},
+    "qwen2_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
     "qwen3_moe": {**SMALL, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
 }
 

@@ -13,7 +13,9 @@ from typing import Any
 from honeloom.errors import CheckpointError
 from honeloom.system import copy_file
 
-__all__ = ["copy_config", "copy_tokenizer", "discard", "read_config", "refuse_quantised", "tokenizer_files"]
+__all__ = [
+    "copy_config", "copy_tokenizer", "discard", "read_config", "refuse_mixture", "refuse_quantised", "tokenizer_files",
+]  # fmt: skip
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -123,6 +125,24 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def refuse_mixture(folder: Path, doing: str) -> None:
+    """Raise CheckpointError for a mixture of honeloom's own kind, whose routers would read the answers in training.
+
+    Parameters
+    ----------
+    folder : Path
+        Model folder.
+    doing : str
+        What it is wanted for ("tune").
+    """
+    kind = read_config(folder).get("model_type")
+    if kind in ("honeloom_mixture", "honeloom_models"):
+        raise CheckpointError(
+            f"{folder}: a mixture ({kind}), and {doing} does not take one; {doing} its experts and mix them again, or "
+            "let `honeloom mix` train the gates alone (tune_router)"
+        )
 
 
 def refuse_quantised(folder: Path, doing: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,12 +9,13 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, fi
 
 from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig
 from honeloom.config.methods import FamilyMethod, MethodConfig
+from honeloom.config.sizes import size_in_bytes
 from honeloom.merging.config import LinearConfig, MergeMethodConfig
 from honeloom.merging.mergekit import is_mergekit, translate
 from honeloom.merging.parameters import Bounded, Varying, numbers, varies, varying_fields
 
 __all__ = [
-    "ACCEPTABLE", "MergeConfig", "MergeMethod", "Slice", "Source", "TokenRule", "TokenizerConfig", "size_in_bytes",
+    "ACCEPTABLE", "MergeConfig", "MergeMethod", "Slice", "Source", "TokenRule", "TokenizerConfig",
 ]  # fmt: skip
 
 MergeMethod = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("merging", "linear")]
@@ -25,17 +25,6 @@ ACCEPTABLE = (
 )  # fmt: skip
 """Fields that change the arithmetic around the weights and not their shapes: a user may let them differ."""
 _PER_MODEL = ("density", "gamma", "epsilon", "scale")
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def size_in_bytes(value: Any) -> Any:
-    """Bytes of "2GiB", "500 MB" or a number."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
-    if match is None:
-        raise ValueError("a size is a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB")
-    return int(float(match[1]) * _SIZES[match[2] or ""])
 
 
 class Source(Config):

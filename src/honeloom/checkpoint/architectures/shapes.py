@@ -23,6 +23,7 @@ __all__ = [
     "phi3_layer",
     "qwen2_layer",
     "qwen3_layer",
+    "qwen2_moe_layer",
     "qwen3_moe_layer",
 ]
 
@@ -165,12 +166,28 @@ def mixtral_layer(config: Mapping[str, Any], layer: int) -> Shapes:
     return shapes | _norms(hidden, "input_layernorm", "post_attention_layernorm")
 
 
+def qwen2_moe_layer(config: Mapping[str, Any], layer: int) -> Shapes:
+    """Qwen 2 MoE: as Qwen 3 MoE, and an expert with a gate of its own that every token uses."""
+    shapes = _routed(config, layer, qwen2_layer(config, layer))
+    if "mlp.gate.weight" in shapes:
+        hidden, width = config["hidden_size"], config["shared_expert_intermediate_size"]
+        for name, shape in dense_mlp(hidden, width).items():
+            shapes[name.replace("mlp.", "mlp.shared_expert.", 1)] = shape
+        shapes |= _weights("mlp.shared_expert_gate", 1, hidden)
+    return shapes
+
+
 def qwen3_moe_layer(config: Mapping[str, Any], layer: int) -> Shapes:
     """Qwen 3 MoE: a router and small experts; some layers may be dense."""
+    return _routed(config, layer, qwen3_layer(config, layer))
+
+
+def _routed(config: Mapping[str, Any], layer: int, dense_layer: Shapes) -> Shapes:
+    """A layer with a router and small experts in the place of its MLP, unless it is one of the dense ones."""
     dense = layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % config.get("decoder_sparse_step", 1) != 0
-    shapes = {k: v for k, v in qwen3_layer(config, layer).items() if dense or not k.startswith("mlp.")}
     if dense:
-        return shapes
+        return dense_layer
+    shapes = {k: v for k, v in dense_layer.items() if not k.startswith("mlp.")}
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
     experts = config.get("num_experts") or config["num_local_experts"]
     shapes |= _weights("mlp.gate", experts, hidden)
