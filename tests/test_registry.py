@@ -26,8 +26,9 @@ ROWS = [
 ]  # fmt: skip
 EXTRA = {("tuning", "lora"): {"seed"}}
 """Keywords that the stage passes beside the settings."""
-WITHOUT_VERB = {"valuation", *STEPPERS}
-"""Kinds that no verb's `method` names; estimators are chosen by `honeloom.valuation.estimate`, steps by `optimizer`."""
+WITHOUT_VERB = {"valuation", "search", "routing", *STEPPERS}
+"""Kinds that no verb's `method` names; estimators are chosen by `honeloom.valuation.estimate`, steps by `optimizer`,
+searches by `search`, routers by `router`."""
 
 
 @pytest.mark.parametrize(("kind", "name"), ROWS)
@@ -69,7 +70,7 @@ def test_targets_of_every_verb_exist(verb):
     assert row.name == verb
     assert callable(load_target(row.execute))
     fields = load_target(row.config).model_fields
-    assert row.family is None or {"method", "metric"} & set(fields)
+    assert row.family is None or {"method", "metric", "router"} & set(fields)
     assert {"seed", "device", "dtype"} <= set(fields)
 
 
@@ -81,7 +82,7 @@ MODELS |= {"fisher": MEASURED, "regmean": MEASURED}
 
 @pytest.mark.parametrize(("kind", "name"), [r for r in ROWS if r[0] not in WITHOUT_VERB])
 def test_every_method_can_be_chosen_by_name_and_by_settings(kind, name):
-    (verb,) = (v for v in VERBS.values() if v.family == kind)
+    verb = next(v for v in VERBS.values() if v.family == kind)
     field = "metric" if kind == "dropping" else "method"
     minimal = {
         "select": {"rows": "x", "model": "m", **({"target": "y"} if name in AIMED else {})},
@@ -168,7 +169,8 @@ def test_a_plug_in_may_not_shadow_a_built_in_and_what_is_no_method_is_named(entr
 
 
 def test_the_families_are_those_of_the_entry_point_groups():
-    kinds = ["selection", "valuation", "tuning", "optimizers", "rates", "aggregation", "merging", "dropping"]
+    kinds = ["selection", "valuation", "tuning", "optimizers", "rates", "aggregation", "merging", "search", "routing",
+             "dropping"]  # fmt: skip
     assert list(registry.FAMILIES) == list(FAMILIES) == kinds
 
 

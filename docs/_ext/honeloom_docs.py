@@ -28,6 +28,8 @@ _VERB = {
     "rates": "federate",
     "aggregation": "aggregate",
     "merging": "merge",
+    "search": "glue",
+    "routing": "mix, glue",
     "dropping": "drop",
 }
 

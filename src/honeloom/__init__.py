@@ -16,8 +16,11 @@ if TYPE_CHECKING:
         drop,
         evaluate,
         extract_lora,
+        federate,
+        glue,
         load_model,
         merge,
+        mix,
         plan,
         run,
         select,
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FUNCTIONS = (
-    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model", "merge", "plan", "run",
-    "select", "tune",
+    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue", "load_model", "merge", "mix",
+    "plan", "run", "select", "tune",
 )  # fmt: skip
 _TARGETS = {
     **dict.fromkeys(_FUNCTIONS, "honeloom.api"),
@@ -39,8 +42,8 @@ _TARGETS = {
 }
 
 __all__ = [
-    "Report", "__version__", "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model",
-    "merge", "plan", "run", "select", "tune", "verify",
+    "Report", "__version__", "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue",
+    "load_model", "merge", "mix", "plan", "run", "select", "tune", "verify",
 ]  # fmt: skip
 
 

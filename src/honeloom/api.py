@@ -33,13 +33,16 @@ from honeloom.types.plans import StagePlan
 from honeloom.types.report import Report
 from honeloom.types.views import PlanList
 from honeloom.verbs import VERBS
+from honeloom.zoo.reading import read_zoo
 
 __all__ = [
-    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "load_model", "merge", "plan", "run",
-    "select", "tune",
+    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue", "load_model", "merge", "mix",
+    "plan", "run", "select", "tune",
 ]  # fmt: skip
 
 PathLike = str | Path
+_DOCUMENTS = {"merge": "config", "mix": "config", "federate": "config", "glue": "zoo"}
+"""Verbs whose settings may come from a file, and the argument that names it."""
 
 
 def select(rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
@@ -189,6 +192,51 @@ def merge(
         again = "overwrite" if mode == "overwrite" else "resume"
         _run_verb("merge", part, {"config": document, "mode": again, **shared}, reads=(file,))
     return _run_verb("merge", output_dir, {"config": last, **options}, reads=(file,))
+
+
+def mix(config: PathLike | dict[str, Any], output_dir: PathLike | None = None, **options: Any) -> Report:
+    """Combine dense models to one mixture of experts, without training.
+
+    Parameters
+    ----------
+    config : path or dict
+        Settings of `honeloom.mixture.config.MixConfig`, or mergekit-moe's YAML.
+    output_dir : path
+        Where the mixture goes.
+    **options
+        Settings that replace those of `config`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
+
+    Raises
+    ------
+    IncompatibleModelsError
+        The experts cannot stand beside each other at this level; the message names the field and both values.
+    """
+    reads = () if isinstance(config, dict) else (Path(config),)
+    return _run_verb("mix", output_dir, {"config": config, **options}, reads=reads)
+
+
+def glue(zoo: PathLike | dict[str, Any] | None = None, output_dir: PathLike | None = None, **options: Any) -> Report:
+    """Make one model of a zoo: cluster it, search merges, merge, mix, verify, advise.
+
+    Parameters
+    ----------
+    zoo : path or dict
+        A folder of model folders, a YAML file with `models`, `base`, `search_rows`, `report_rows`, `budget`, or such a
+        mapping; settings of `honeloom.zoo.config.GlueConfig`.
+    output_dir : path
+        Where the model goes, beside `clusters.json`, `similarity.npz`, `search.jsonl` and `members/`.
+    **options
+        Flags of `honeloom glue` and settings that replace those of `zoo`, and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
+
+    Raises
+    ------
+    InputError
+        A setting, a model or the rows cannot be used.
+    """
+    reads = (Path(zoo),) if isinstance(zoo, str | Path) and Path(zoo).is_file() else ()
+    return _run_verb("glue", output_dir, {"zoo": zoo, **options}, reads=reads)
 
 
 def extract_lora(model: PathLike, base: PathLike, output_dir: PathLike, **options: Any) -> Report:
@@ -407,10 +455,11 @@ def _take_repository(verb: str, options: dict[str, Any]) -> str | None:
 
 
 def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:
-    """Settings from flags, from the `config` of merge and federate below them, and from `set` above them."""
+    """Settings from flags; from a file or mapping (`config`, `zoo`) below them, and from `set` above them."""
     overrides = options.pop("set", ())
-    config = options.pop("config", None) if verb in ("merge", "federate") else None
-    base = {} if config is None else dict(config) if isinstance(config, dict) else load_yaml(Path(config))
+    config = options.pop(_DOCUMENTS[verb], None) if verb in _DOCUMENTS else None
+    read = read_zoo if verb == "glue" else load_yaml
+    base = {} if config is None else dict(config) if isinstance(config, dict) else read(Path(config))
     given = apply_overrides({**base, **place_flags(verb, options)}, overrides)
     settings: VerbConfig = validate(load_target(VERBS[verb].config), given, what=verb)
     return settings

@@ -16,6 +16,7 @@ FLAGS: dict[str, dict[str, str]] = {
     },
     "tune": {"method": "method.type", "rank": "method.rank", "optimizer": "optimizer.type"},
     "aggregate": {"method": "method.type", "rank": "method.rank", "energy": "method.energy"},
+    "glue": {"search": "search.type", "method": "method.type", "threshold": "cluster.threshold"},
     "drop": {"metric": "metric.type"},
 }
 # fmt: on

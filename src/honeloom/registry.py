@@ -27,6 +27,8 @@ FAMILIES: dict[str, str] = {
     "rates": "honeloom.federated.rate_methods",
     "aggregation": "honeloom.federated",
     "merging": "honeloom.merging",
+    "search": "honeloom.merging.search",
+    "routing": "honeloom.mixture",
     "dropping": "honeloom.dropping",
 }
 """Kind of method -> the package whose `METHODS` table lists it."""

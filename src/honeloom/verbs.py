@@ -47,6 +47,8 @@ _ALL = (
     ),
     Verb("federate", "honeloom.federated.federate_config:FederateConfig", "honeloom.stages.federate:execute"),
     Verb("merge", "honeloom.merging.merge_config:MergeConfig", "honeloom.stages.merge:execute", family="merging"),
+    Verb("mix", "honeloom.mixture.config:MixConfig", "honeloom.stages.mix:execute", family="routing"),
+    Verb("glue", "honeloom.zoo.config:GlueConfig", "honeloom.stages.glue:execute", family="merging"),
     Verb("extract-lora", "honeloom.merging.extract_config:ExtractConfig", "honeloom.stages.extract_lora:execute"),
     Verb("convert", "honeloom.checkpoint.convert_config:ConvertConfig", "honeloom.stages.convert:execute"),
     Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", family="dropping"),

@@ -58,7 +58,7 @@ def federate(
     if set_:
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
 
-    def call(output_dir: Path | None, model: str, **options: Any) -> Any:
+    def call(output_dir: Path, model: str, **options: Any) -> Any:
         return honeloom.federate(model, config, output_dir=output_dir, **options)
 
     run_verb("federate", call, given, out=output_dir, overwrite=overwrite, resume=resume, as_json=json,

@@ -18,11 +18,13 @@ from honeloom.cli.drop import drop
 from honeloom.cli.evaluate import evaluate
 from honeloom.cli.extract_lora import extract_lora
 from honeloom.cli.federate import federate
+from honeloom.cli.glue import glue
 from honeloom.cli.help import explain_usage, help_of, summary_of
 from honeloom.cli.init import init
 from honeloom.cli.lineage import lineage
 from honeloom.cli.merge import merge
 from honeloom.cli.methods import methods
+from honeloom.cli.mix import mix
 from honeloom.cli.report import report
 from honeloom.cli.rows import rows
 from honeloom.cli.run import run
@@ -47,8 +49,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 _COMMANDS = (
-    demo, init, run, select, tune, aggregate, federate, merge, extract_lora, convert, drop, evaluate, verify, report,
-    lineage, methods, doctor,
+    demo, init, run, select, tune, aggregate, federate, merge, mix, glue, extract_lora, convert, drop, evaluate, verify,
+    report, lineage, methods, doctor,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(help=help_of(command), short_help=summary_of(command))(command)

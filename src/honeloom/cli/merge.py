@@ -26,24 +26,14 @@ def merge(
         Path | None,
         typer.Option("--from-card", metavar="README", help="Instead of CONFIG: make the model of a card again."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Every random choice follows from it.  [default: 0]")
-    ] = None,
+    seed: o.SettledSeed = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the output.  [default: the donor's]"),
     ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", metavar="SIZE", help="Memory at most, as 2GiB.  [default: no limit]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Tensors at a time.  [default: one per core]")
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where rows are measured.  [default: auto]"),
-    ] = None,
+    max_memory: o.MaxMemory = None,
+    threads: o.Threads = None,
+    device: o.SettledDevice = None,
     set_: o.Set = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,

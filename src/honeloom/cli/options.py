@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "Attn", "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength",
-    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "SmallBatchSize", "Split", "Strict",
+    "Attn", "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength", "MaxMemory",
+    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "SettledDevice",
+    "SettledDtype", "SettledSeed", "SmallBatchSize", "Split", "Strict", "Threads",
 ]  # fmt: skip
 
 OutArgument = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Folder for the result (or --output-dir).")]
@@ -78,4 +79,21 @@ Workers = Annotated[
 ]
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster.  [default: no]")
+]
+SettledSeed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Every random choice follows from it.  [default: 0]")
+]
+"""Of commands whose configuration file may hold the seed too; so are the next ones."""
+SettledDevice = Annotated[
+    str | None, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.  [default: auto]")
+]
+SettledDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the loaded weights.  [default: auto]"),
+]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Memory at most, as 2GiB.  [default: no limit]")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", help="Tensors at a time.  [default: one per core]")
 ]

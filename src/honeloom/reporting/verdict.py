@@ -166,6 +166,39 @@ def _merge(report: Report, inputs: Inputs) -> Verdict:
     return Verdict(f"{named or 'The models'} {verb} merged{base} by {clip(d['method'])}.", None, tuple(facts))
 
 
+def _mix(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    experts = d["experts"]
+    named = ", ".join(clip(e, 24) for e in experts[:4]) + (f" and {len(experts) - 4} more" if len(experts) > 4 else "")
+    of = {"ffn": "MLPs", "block": "layers", "model": "models"}[d["level"]]
+    facts = [("format", clip(d["format"])), ("at a time", number(d["top_k"]))]
+    params = d.get("params") or {}
+    if params:
+        facts += [("parameters", number(params["total"])), ("of them active", number(params["active"]))]
+    facts += [("read", size(d["bytes_read"])), ("written", size(d["bytes_written"]))]
+    return Verdict(f"The {of} of {named} are the experts of one mixture.", None, tuple(facts))
+
+
+def _glue(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    count = sum(map(len, d["clusters"]))
+    found = f"{plural(count, 'model')} in {plural(len(d['clusters']), 'cluster')}"
+    if "result" not in d:
+        return Verdict(f"{found}: {'; '.join(', '.join(c) for c in d['clusters'][:4])}.", None, ())
+    after, before = alike(d["result"], d["best_single"])
+    low, high = d["ci95"]
+    remark = f"of the best single model, {clip(d['best_single_name'], 40)}, on {d['rows']['report']:,} report rows"
+    figure = Figure(d["metric"].replace("_", " "), after, d["unit"], before, remark)
+    facts = [
+        ("result", clip(d["result_name"])),
+        ("difference", f"{d['result'] - d['best_single']:+.4f} [{low:+.4f}, {high:+.4f}]"),
+        ("merges tried", number(d["evaluations"])),
+    ]
+    if d["oracle"]["closed"] is not None:
+        facts.append(("of the way to the best model of each domain", f"{d['oracle']['closed']:.0%}"))
+    return Verdict(f"{found}: {d['advice'][0]}", figure, tuple(facts))
+
+
 def _drop(report: Report, inputs: Inputs) -> Verdict:
     d, plan = report.details, report.details["plan"]
     nouns = (("attention", "the attention"), ("mlp", "the MLP"), ("block", "the whole block"))
@@ -276,6 +309,8 @@ _TELLERS: dict[str, Callable[[Report, Inputs], Verdict]] = {
     "select": _select,
     "tune": _tune,
     "merge": _merge,
+    "mix": _mix,
+    "glue": _glue,
     "drop": _drop,
     "extract-lora": _extract,
     "convert": _convert,

@@ -37,7 +37,10 @@ SUMMARIES = ("all", "macro")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a model did on one row; `correct` and `correct_norm` only for multiple choice."""
+    """What a model did on one row; `correct` and `correct_norm` only for multiple choice.
+
+    `expert` names the model that answered, where a mixture of whole models sent the row to it.
+    """
 
     id: str
     domain: str | None
@@ -46,6 +49,7 @@ class Example:
     chars: int
     correct: bool | None = None
     correct_norm: bool | None = None
+    expert: str | None = None
 
 
 def execute(work: Work[EvaluateConfig]) -> Outcome:
@@ -84,7 +88,9 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
     cut = 0
     if kinds["chat"] or kinds["text"]:
         for row, loss in scorer.losses(_only(rows, {"chat", "text"}, len(rows))):
-            examples.append(Example(row.id, _label(row.domain), loss.loss_sum, loss.tokens, loss.chars))
+            examples.append(
+                Example(row.id, _label(row.domain), loss.loss_sum, loss.tokens, loss.chars, expert=_expert(scorer))
+            )
             cut += loss.truncated
     if kinds["choice"]:
         for row, choice in scorer.choices(_only(rows, {"choice"}, len(rows))):
@@ -92,7 +98,7 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
             examples.append(
                 Example(
                     row.id, _label(row.domain), choice.losses[right], choice.tokens[right], choice.chars[right],
-                    choice.best(per_char=False) == right, choice.best(per_char=True) == right,
+                    choice.best(per_char=False) == right, choice.best(per_char=True) == right, _expert(scorer),
                 )
             )  # fmt: skip
     if cut:
@@ -103,6 +109,12 @@ def _examples(work: Work[EvaluateConfig], found: ResolvedInput, rows: RowSet) ->
     if not examples:
         raise RowsError(f"none of the {len(rows)} rows could be scored by {found.value}")
     return examples
+
+
+def _expert(scorer: Scorer) -> str | None:
+    """Who answered the row that was just scored; None where nothing is routed."""
+    routes = getattr(scorer, "routes", None)
+    return str(scorer.model.config.experts[routes[-1]]["name"]) if routes else None
 
 
 def _label(domain: str | None) -> str | None:
@@ -167,7 +179,9 @@ def _estimate(examples: Iterable[Example], terms: Any) -> Estimate:
 
 
 def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    names = ("id", "domain", "loss_sum", "tokens", "chars", "correct", "correct_norm")
+    names = ["id", "domain", "loss_sum", "tokens", "chars", "correct", "correct_norm"]
+    if any(e.expert for e in examples):
+        names.append("expert")
     return {name: [getattr(e, name) for e in examples] for name in names}
 
 
@@ -267,7 +281,7 @@ def _paired(examples: Sequence[Example], others: Sequence[Example]) -> list[tupl
 
 def _read_examples(folder: Path) -> list[Example]:
     table = pq.read_table(folder / EXAMPLES).to_pylist()
-    return [Example(**{k: row[k] for k in Example.__dataclass_fields__}) for row in table]
+    return [Example(**{k: row.get(k) for k in Example.__dataclass_fields__}) for row in table]
 
 
 def _lm_eval(work: Work[EvaluateConfig]) -> list[Metric]:

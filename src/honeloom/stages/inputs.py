@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from honeloom import lab
+from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import InputField, InputKind
 from honeloom.data.sources import RowFile, fingerprint, resolve_sources
 from honeloom.errors import CheckpointError, NotCachedError, SourceError
@@ -124,6 +125,10 @@ class Resolver:
     def place(self, value: str, placed: Placed) -> None:
         """Say where an artefact of the running recipe is now."""
         self._placed[value] = placed
+
+    def know(self, found: ResolvedInput) -> None:
+        """Take over an input that was found before, so that it is not read again."""
+        self._found[found.kind, found.value] = found
 
     def read_ahead(self, fields: Sequence[InputField], meanwhile: Callable[[], object] = lambda: None) -> None:
         """Hash the weights of all local models side by side; each is then known when its turn comes.
@@ -295,8 +300,15 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files that make up a model or adapter, and of an evaluation's rows."""
-    return sorted(p.name for p in folder.iterdir() if _MODEL_FILES.search(p.name) and p.is_file())
+    """Names of the files that make up a model or adapter, and of an evaluation's rows.
+
+    A mixture of whole models has the tokenizers of its models besides, as `tokenizers/<name>/<file>`.
+    """
+    names = [p.name for p in folder.iterdir() if _MODEL_FILES.search(p.name) and p.is_file()]
+    places = sorted(folder.glob("tokenizers/*/*"))
+    if places and "config.json" in names and read_config(folder).get("model_type") == "honeloom_models":
+        names += [p.relative_to(folder).as_posix() for p in places if _MODEL_FILES.search(p.name) and p.is_file()]
+    return sorted(names)
 
 
 def _model_fingerprint(folder: Path, names: Sequence[str], base: str | None = None) -> str:

@@ -20,16 +20,20 @@ from honeloom.federated.continuation import follows
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.privacy import exposure_of, mode_of
 from honeloom.merging.merge_config import MergeConfig
+from honeloom.mixture.config import MixConfig
 from honeloom.planning import FSDP_PROFILE
 from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
+from honeloom.stages.glue_plan import glue_notes
 from honeloom.stages.merge_plan import merge_notes
+from honeloom.stages.mix_plan import mix_notes
 from honeloom.stages.runner import Job
 from honeloom.tuning.config import TuneConfig, TuneOptimizer
 from honeloom.types.plans import Needs, Setting, StagePlan
+from honeloom.zoo.config import GlueConfig
 
 __all__ = ["describe_needs", "plan_job", "work_of"]
 
@@ -226,6 +230,10 @@ def _notes(job: Job) -> tuple[str, ...]:
         return _mezo_notes(config)
     if isinstance(config, MergeConfig):
         return merge_notes(config, job.inputs)
+    if isinstance(config, MixConfig):
+        return tuple(mix_notes(config, job.inputs))
+    if isinstance(config, GlueConfig):
+        return glue_notes(config, job.inputs)
     if not isinstance(config, FederateConfig):
         return ()
     return (*exposure_of(config).lines(), *_traffic(config, _model_config(job)))

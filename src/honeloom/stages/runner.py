@@ -137,8 +137,13 @@ def require_content(job: Job, wanted: Mapping[str, str]) -> None:
 
 
 def _method_versions(verb: Verb, config: VerbConfig) -> list[int]:
-    chosen = getattr(config, "method", None) or getattr(config, "metric", None)
-    return [family(verb.family).get(chosen.type).version] if verb.family and chosen is not None else []
+    if not verb.family:
+        return []
+    chosen = getattr(config, "method", None) or getattr(config, "metric", None) or getattr(config, "router", None)
+    own = [family(verb.family).get(chosen.type).version] if chosen is not None else []
+    if (search := getattr(config, "search", None)) is not None:  # glue has a search and routers beside its merge
+        own.append(family("search").get(search.type).version)
+    return own + [family("routing").get(m.router.type).version for m in getattr(config, "mixtures", ())]
 
 
 def _blank(node: Any, parts: list[str]) -> None:
@@ -231,7 +236,7 @@ def space_needed(job: Job) -> int:
     A tuning writes its result and keeps checkpoints, each with the trained weights and the
     moments of its optimizer. Everything else grows with the rows.
     """
-    if job.verb.name in ("merge", "drop", "aggregate"):
+    if job.verb.name in ("merge", "mix", "glue", "drop", "aggregate"):
         return 0
     rows = sum(i.size for i in job.inputs.values() if i.kind == "rows")
     if job.verb.name != "tune":
@@ -279,7 +284,7 @@ def _execute(job: Job, folder: Path | None, log: Log, *, shown: Path | None, res
     execute = load_target(job.verb.execute)
     guard = load_target("honeloom.backends.devices:memory_guard")
     with guard(job.config.device, job.verb.name, memory_advice(job.config)):
-        outcome: Outcome = execute(Work(job.config, folder, job.inputs, log, resumed))
+        outcome: Outcome = execute(Work(job.config, folder, job.inputs, log, resumed, shown=shown))
     artefact = None
     if folder and shown:
         path = shown if outcome.artefact == "." else shown / outcome.artefact

@@ -17,7 +17,7 @@ from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token
 from honeloom.backends.hf.local_steps import restore_trainable
 from honeloom.backends.hf.tune import Trained, add_lora, require_trackers, train, unfreeze
 from honeloom.backends.hf.zeroth_order import train_zeroth_order
-from honeloom.checkpoint.folders import copy_tokenizer, discard, read_config, refuse_quantised
+from honeloom.checkpoint.folders import copy_tokenizer, discard, read_config, refuse_mixture, refuse_quantised
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.data.rowset import RowSet
 from honeloom.errors import CheckpointError, ConfigError, RowsError, SourceError
@@ -47,6 +47,7 @@ def execute(work: Work[TuneConfig]) -> Outcome:
             f"{found.value} is an adapter; merge it into its base first "
             "(task_arithmetic with weight 1 gives a full model)"
         )
+    refuse_mixture(found.paths[0], "tune")
     require_shardable(config)
     require_trackers(config)
     full = config.method.type == "full"

@@ -32,6 +32,8 @@ class Work(Generic[ConfigT]):
         of an interrupted attempt with the same key (`resumed`). None: write nothing.
     inputs : mapping
         Resolved inputs by their place in the config ("model", "rows.0", "models.1.model").
+    shown : Path or None
+        The path that the folder will have once it is published.
     """
 
     config: ConfigT
@@ -40,6 +42,7 @@ class Work(Generic[ConfigT]):
     log: Log
     resumed: bool = False
     leads: bool = True
+    shown: Path | None = None
 
     def model(self, place: str = "model") -> Path:
         """Local folder of a model or folder input."""

@@ -37,9 +37,12 @@ from honeloom.reporting.panels.metrics import metrics_panel
 from honeloom.reporting.panels.parents import parents_panel, tokens_panel
 from honeloom.reporting.panels.pool_rows import pool_rows_panel
 from honeloom.reporting.panels.removal import removal_panel
+from honeloom.reporting.panels.routing import gates_panel, routing_panel
 from honeloom.reporting.panels.row_map import row_map_panel
 from honeloom.reporting.panels.scores import kept_panel, scores_panel
 from honeloom.reporting.panels.trust import trust_panel
+from honeloom.reporting.panels.zoo_results import advice_panel, coefficients_panel, results_panel, search_panel
+from honeloom.reporting.panels.zoo_similarity import similarity_panel
 from honeloom.types.report import Report
 
 __all__ = ["PANELS"]
@@ -52,6 +55,8 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     ),
     "tune": (loss_curve_panel, curvature_panel, distances_panel),
     "merge": (parents_panel, tokens_panel),
+    "mix": (routing_panel, gates_panel),
+    "glue": (advice_panel, results_panel, similarity_panel, search_panel, coefficients_panel),
     "drop": (importance_panel,),
     "federate": (
         loss_by_round_panel, rounds_panel, client_losses_panel, client_rates_panel, loss_by_bytes_panel, traffic_panel,
