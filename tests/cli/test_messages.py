@@ -76,6 +76,11 @@ def test_stated_defaults_are_those_of_the_settings(verb):
                 "inter; search: both",
                 "2e-4 lora, 2e-5 full",
                 "the model's limit, at most 2048",
+                "all parts",
+                "unknown",
+                "the search's",
+                "no limit",
+                "one per core",
             )
         }
         assert stated in words.get(value, (str(value),)) if not isinstance(value, MethodConfig) else False, (

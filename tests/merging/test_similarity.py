@@ -264,7 +264,7 @@ class _Shapes:
 SIZES = {
     "hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 12, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 4, "n_embd": 8, "n_head": 2, "n_inner": None, "num_local_experts": 3,
-    "num_experts": 3,
+    "num_experts": 3, "shared_expert_intermediate_size": 12,
 }  # fmt: skip
 
 

@@ -35,10 +35,11 @@ def write_zoo(folder, method="average", measure="weights", buckets=None, alone=N
     buckets = buckets or (bucket("abcd", PAIRS, method), bucket(("large",), {}, method))
     clusters = sorted((g for b in buckets for g in b.clusters.groups), key=lambda g: (-len(g), g))
     alone = alone or {"d": "similarity is 0.3", "large": "hidden_size is 32 and 64"}
-    ZooClusters(
+    zoo = ZooClusters(
         tuple(clusters), 0.95, method, measure, tuple(buckets), (("broken", "it is truncated"),), alone
-    ).write(folder)  # fmt: skip
-    return Report("glue", "ok", str(folder), 0, None)
+    )  # fmt: skip
+    zoo.write(folder)
+    return Report("glue", "ok", str(folder), 0, None, details=zoo.to_json())
 
 
 def trace(panel, kind):

@@ -19,23 +19,22 @@ def glue(
     ],
     out: o.OutArgument = None,
     only: Annotated[
-        str | None,
-        typer.Option("--only", metavar="clusters|search|merge", help="Stop after this part.  [default: all parts]"),
+        str | None, typer.Option("--only", metavar="clusters|search|merge", help="Stop there.  [default: all parts]")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="What the models were tuned from.  [default: unknown]")
+        str | None, typer.Option("--base", metavar="MODEL", help="What they were tuned from.  [default: unknown]")
     ] = None,
     search_rows: Annotated[
-        list[str] | None,
-        typer.Option("--search-rows", metavar="ROWS", help="Rows that choose; repeatable.  [required without --only]"),
+        list[str] | None, typer.Option("--search-rows", metavar="ROWS", help="Rows that choose; repeatable.")
     ] = None,
     report_rows: Annotated[
         list[str] | None,
-        typer.Option("--report-rows", metavar="ROWS", help="Rows that report.  [default: half of the search rows]"),
+        typer.Option(
+            "--report-rows", metavar="ROWS", help="Rows that report; without them, half of those that choose."
+        ),
     ] = None,
     search: Annotated[
-        str | None,
-        typer.Option("--search", metavar="NAME", help="See `honeloom methods search`.  [default: coefficient]"),
+        str | None, typer.Option("--search", metavar="NAME", help="How weights are found.  [default: coefficient]")
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="NAME", help="How candidates are merged.  [default: linear]")

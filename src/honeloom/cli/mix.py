@@ -22,7 +22,9 @@ def mix(
     seed: o.SettledSeed = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="auto|bf16|fp16|fp32", help="Type of the output.  [default: the base's]"),
+        typer.Option(
+            "--dtype", metavar="auto|bf16|fp16|fp32", help="Of the output; auto keeps the base's.  [default: auto]"
+        ),
     ] = None,
     max_memory: o.MaxMemory = None,
     threads: o.Threads = None,
