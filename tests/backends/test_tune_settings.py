@@ -28,6 +28,13 @@ SPECIAL = {
     "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neox": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
     "mixtral": {**SMALL, "num_local_experts": 2},
+    "qwen2_moe": {
+        **SMALL,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
     "qwen3_moe": {**SMALL, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
 }
 TEXT_MODELS = sorted(set(ARCHITECTURES) - {"gemma3"})
