@@ -63,6 +63,36 @@ def test_weights_in_memory_are_those_of_the_checkpoint(tmp_path, stack, method, 
         assert next(live.model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("held", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
+def test_weights_are_rounded_as_in_the_checkpoint_and_then_as_the_model_computes(
+    tmp_path, stack, dtype, rounding, held
+):
+    pool = pool_of(
+        stack, family(tmp_path, "abo", dtype=torch.bfloat16), TaskArithmeticConfig(), base="o",
+        dtype=dtype, rounding=rounding, seed=3,
+    )  # fmt: skip
+    live = LiveWeights(pool, loading=Loading(dtype=held), threads=1)
+    document = pool.document(GROUPED)
+    live.fill(document)
+    require_equal(live, merged_tensors(document, tmp_path / "out"))
+
+
+def test_cuts_of_task_vectors_are_found_once(tmp_path, stack, monkeypatch):
+    pool = pool_of(stack, family(tmp_path, "abo"), TiesConfig(density=0.3), base="o")
+    live = LiveWeights(pool, threads=1)
+    live.fill(pool.document(GROUPED))
+    with monkeypatch.context() as broken:
+        broken.setattr("honeloom.merging.engine.select._first_pass", lambda *_: 1 / 0)
+        live.fill(pool.document(Candidate.of([[0.5, 0.2]])))
+        with pytest.raises(ZeroDivisionError):
+            live.fill(pool.document(Candidate.of([[0.5, 0.2]], (0.6, 0.3))))
+    document = pool.document(Candidate.of([[0.5, 0.2]]))
+    live.fill(document)
+    require_equal(live, merged_tensors(document, tmp_path / "out"))
+
+
 @pytest.mark.parametrize("untied", ["", "b", "ab"])
 def test_heads_are_tied_as_in_the_checkpoint(tmp_path, stack, untied):
     pool = pool_of(stack, family(tmp_path, "ab", untied=untied), LinearConfig())
@@ -129,7 +159,7 @@ def test_a_failed_merge_leaves_nothing_that_counts_as_held(tmp_path, stack, monk
     live = LiveWeights(pool, threads=1)
     live.fill(pool.document(GROUPED))
     with monkeypatch.context() as broken:
-        broken.setattr("honeloom.merging.engine.streaming.merge_chunk", lambda *_: 1 / 0)
+        broken.setattr("honeloom.merging.engine.streaming.prepared_chunk", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             live.fill(pool.document(Candidate.of([[0.5, 0.5]])))
     live.fill(pool.document(GROUPED))

@@ -186,6 +186,105 @@ def test_weighted_sum_has_the_bits_of_torch(dtypes, out):
                 assert_same_chunk(WeightedSum(tensors, factors, from_base), tensors, out, start, stop)
 
 
+def assert_same_in_place(plan, tensors, dtype, held, start, stop):
+    """Written where it will be used, uncounted: the rounded numbers as another type, or as themselves."""
+    out = torch.full((stop - start,), 7.0).to(held)
+    chunk = merge_chunk(plan, tensors, start, stop, dtype, out, counted=False)
+    assert chunk.values.data_ptr() == out.data_ptr() and chunk.lost == 0
+    assert torch.equal(bits(out), bits(round_once(plan(start, stop), dtype).to(held)))
+    return chunk
+
+
+FACTORS = [
+    (0.31234567, 0.68), (0.5, 0.5), (0.3, 0.7), (1.0, -1.0), (1.0, 0.0), (0.0, -0.0), (1e-30, 3e9), (1.0,), (-0.75,),
+    (0.2, 0.3, -0.5), (0.1, 0.2, 0.3, 0.4), (0.9, -0.8, 0.7, -0.6, 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("factors", FACTORS, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-122, 2.0**-130, 2.0**125], ids=["one", "small", "subnormal", "large"])
+def test_sums_of_bfloat16_have_the_bits_of_torch(factors, scale):
+    """Sums near the middle of two numbers, that cancel, or that are beyond the range of normal numbers."""
+    base, *models = random_models(9001, (BF16,) * (len(factors) + 1))
+    base, *models = ((t.double() * scale).to(BF16) for t in (base, *models))
+    models[0][::7] = base[::7] = 0.0
+    for from_base in (False, True):
+        tensors = tensors_of(models, base if from_base else None)
+        plan = WeightedSum(tensors, factors, from_base)
+        for start, stop in [(0, 9001), (5, 5), (13, 4109)]:
+            exact = round_once(plan(start, stop), BF16)
+            if bool(exact.isfinite().all()):
+                for held in (BF16, F32):
+                    assert_same_in_place(plan, tensors, BF16, held, start, stop)
+            else:
+                assert scale > 1
+                out = torch.empty(stop - start)
+                chunk = merge_chunk(plan, tensors, start, stop, BF16, out, counted=False)
+                wrong = ~exact.isfinite()
+                assert chunk.damaged is None and chunk.beyond == start + int(wrong.nonzero()[0])
+                assert torch.equal(bits(out), bits(exact.float()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_bfloat16_are_summed_as_in_torch(data):
+    """Any bits, infinity and NaN among them, and any weights."""
+    models, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    words = st.lists(st.integers(-(1 << 15), (1 << 15) - 1), min_size=size, max_size=size)
+    read = [torch.tensor(data.draw(words), dtype=torch.int16).view(BF16) for _ in range(models + 1)]
+    factors = tuple(data.draw(st.floats(allow_nan=False, allow_infinity=False, width=64)) for _ in range(models))
+    from_base = data.draw(st.booleans())
+    tensors = tensors_of(read[1:], read[0] if from_base else None)
+    plan = WeightedSum(tensors, factors, from_base)
+    exact = round_once(plan(0, size), BF16)
+    for held in (BF16, F32):
+        chunk = merge_chunk(plan, tensors, 0, size, BF16, torch.empty(size, dtype=held), counted=False)
+        assert torch.equal(chunk.values.isnan(), exact.isnan())
+        number = ~exact.isnan()
+        assert torch.equal(bits(chunk.values)[number], bits(exact.to(held))[number])
+        first = (~exact.isfinite()).nonzero()
+        assert chunk.beyond == (int(first[0]) if len(first) else None)
+        used = enumerate(read[1:] if not from_base else read)  # of one place the base is told, which is read first
+        damage = [(int(w[0]), k) for k, t in used if len(w := (~t.isfinite()).nonzero())]
+        place, told = min(damage, default=(0, -1))
+        assert chunk.damaged == (((told - 1) % (models + 1) if from_base else told, place) if damage else None)
+
+
+def test_near_the_middle_of_two_numbers_float64_decides():
+    """Sums that differ from a middle by less than float32 can tell, among many that do not."""
+    one = torch.full((20_000,), 1.0).to(BF16)
+    other = torch.full((20_000,), 1.0).to(BF16)
+    other[::401] = 1.0 + 2.0**-7
+    for step in (-(2.0**-30), 0.0, 2.0**-30):
+        factors = (0.5 - step, 0.5 + step)
+        tensors = tensors_of([one, other])
+        plan = WeightedSum(tensors, factors)
+        assert_same_in_place(plan, tensors, BF16, F32, 0, 20_000)
+        expected = 1.0 + 2.0**-7 if step > 0 else 1.0
+        assert merge_chunk(plan, tensors, 0, 2, BF16, torch.empty(2), counted=False).values[0] == expected
+
+
+@pytest.mark.parametrize("held", OUTPUTS, ids=str)
+@pytest.mark.parametrize("out", OUTPUTS, ids=str)
+def test_any_result_can_be_held_as_any_type(out, held):
+    base, *models = random_models(2500, (BF16, F32, F16))
+    tensors = tensors_of(models, base)
+    kept = tuple(kept_of(models, base, 0.5))
+    sparse = SparseSum(tensors, kept, (0.7, 0.4), elect=True, normalize=True)
+    sums = WeightedSum(tensors, (0.7, 0.4), True)
+    for plan in (sums, sparse, lambda a, b: sums(a, b)):
+        assert_same_in_place(plan, tensors, out, held, 3, 2400)
+
+
+def test_the_base_itself_is_a_sum_of_no_models():
+    base = torch.linspace(-1, 1, 3000).to(BF16)
+    tensors = dataclasses.replace(tensors_of([base], base), models=(), weights=())
+    tensors = dataclasses.replace(tensors, raw=lambda a, b: (base[a:b].view(torch.uint8).numpy(), [], "BF16", []))
+    out = torch.empty(3000)
+    merge_chunk(WeightedSum(tensors, (), True), tensors, 0, 3000, BF16, out, counted=False)
+    assert torch.equal(out, base.float())
+
+
 def test_what_rounding_loses_is_counted():
     """A step of 1/8 of a place is lost, one of a whole place is not, and an unchanged number is not counted."""
     base = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])

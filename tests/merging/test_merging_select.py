@@ -175,3 +175,24 @@ def test_many_models_share_the_passes(dtype, name):
 def test_several_models_need_a_base():
     with pytest.raises(ConfigError, match="base_model"):
         largest_each(Tensors("x", (2,), (Reads(torch.ones(2)),), (1.0,)), [[1]])
+
+
+def test_known_cuts_are_not_looked_for_again():
+    """Of the same task vectors in another merge; what is kept is bounded."""
+    generator = torch.Generator().manual_seed(0)
+    read = [Reads(torch.randn(3000, generator=generator)) for _ in range(3)]
+    cuts: tuple[dict[int, Cut], ...] = ({}, {})
+    tensors = Tensors("x", (3000,), (read[0], read[1]), (1.0, 1.0), read[2], cuts=cuts)
+    plain = Tensors("x", (3000,), (read[0], read[1]), (1.0, 1.0), read[2])
+    first = largest_each(tensors, [(10, 0), (20, 3000)])
+    assert first == largest_each(plain, [(10, 0), (20, 3000)])
+    assert cuts[0][10] == first[0][0] and cuts[1][20] == first[1][0]
+    for model in read:
+        model.asked = 0
+    assert largest_each(tensors, [(10, 0), (20,)]) == (first[0], first[1][:1])
+    assert [model.asked for model in read] == [0, 0, 0]
+    assert largest_each(tensors, [(10, 30), (20,)]) == largest_each(plain, [(10, 30), (20,)])
+    assert read[0].asked > 0
+    for k in range(1, 60):
+        assert largest_each(tensors, [(k,), (k,)]) == largest_each(plain, [(k,), (k,)])
+    assert all(len(known) <= 16 and 59 in known for known in cuts)

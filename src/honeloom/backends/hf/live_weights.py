@@ -26,7 +26,6 @@ from honeloom.backends.hf.load import Loading, load_arguments, load_config
 from honeloom.backends.hf.streamed import source_weights, streamed_model
 from honeloom.checkpoint.architectures import layer_count
 from honeloom.checkpoint.headers import DTYPE_BITS
-from honeloom.checkpoint.writer import TensorStream
 from honeloom.config.methods import MethodConfig
 from honeloom.errors import ConfigError
 from honeloom.merging.compatibility import check_compatible
@@ -34,6 +33,7 @@ from honeloom.merging.config import TaskArithmeticConfig
 from honeloom.merging.engine.layout import Part, base_use, layer_of, plan_parts
 from honeloom.merging.engine.sources import ModelSource
 from honeloom.merging.engine.streaming import CHUNK, COMPUTED, Merger
+from honeloom.merging.engine.tensors import Cut
 from honeloom.merging.merge_config import MergeConfig
 from honeloom.merging.search.candidates import Candidate, candidate_config, group_of_layer
 from honeloom.registry import family
@@ -44,8 +44,10 @@ __all__ = ["LiveWeights", "Pool"]
 Values = npt.NDArray[np.float64]
 T = TypeVar("T")
 R = TypeVar("R")
+_PIECE = 1 << 22
+"""Elements per call of a kernel, which reads and writes them where they lie."""
 _HEAP = 4 << 20
-"""Bytes of results that are one task."""
+"""Elements read that are one task."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,23 @@ class _Mapped:
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
-        self._files: dict[Path, npt.NDArray[np.uint8]] = {}
-        for name in source.tensors:
-            path, _ = source.place(name)
-            if path not in self._files:
-                self._files[path] = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.name, self.info, self.is_stored, self.read = source.name, source.info, source.is_stored, source.read
+        files: dict[Path, npt.NDArray[np.uint8]] = {}
+        self._stored: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}
+        for name, info in source.tensors.items():
+            path, offset = source.place(name)
+            if path not in files:
+                files[path] = np.asarray(np.memmap(path, np.uint8, "r"))
+            size = DTYPE_BITS[info.dtype] // 8
+            self._stored[name] = files[path][offset : offset + info.elements * size], size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def read_raw(self, name: str, start: int, stop: int, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Elements start..stop of a flattened tensor as stored; the buffer is not needed."""
-        path, offset = self._source.place(name)
-        size = DTYPE_BITS[self._source.info(name).dtype] // 8
-        return self._files[path][offset + start * size : offset + stop * size]
+    def read_raw(self, name: str, start: int, stop: int, _buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Elements start..stop of a flattened tensor as stored; no buffer is needed."""
+        data, size = self._stored[name]
+        return data[start * size : stop * size]
 
 
 def _stored_dtype(donor: ModelSource) -> torch.dtype:
@@ -193,6 +198,7 @@ class LiveWeights:
         self._targets = _targets(self.model, config, pool.donor)
         self._parameters = {p.untyped_storage().data_ptr(): p for p in self.model.parameters()}
         self._held: dict[str, Any] = {}
+        self._cuts: dict[tuple[str, str, str, str], dict[int, Cut]] = {}
         # One crew for all merges: every thread has opened files of its own.
         self._crew = ThreadPoolExecutor(self.threads)
         self.merged = 0
@@ -201,31 +207,31 @@ class LiveWeights:
     def fill(self, document: Mapping[str, Any]) -> None:
         """Make the parameters those of a merge; tensors that would not change are left alone."""
         merger = self._mapped.merger(document)
-        keys = {part.name: _key(merger, part) for part in merger.parts if part.name in self._targets}
-        changed = [s for s in merger.streams() if s.name in keys and self._held.get(s.name) != keys[s.name]]
-        for stream in changed:
-            self._held.pop(stream.name, None)
+        merger.chunk, merger.cuts = _PIECE, self._cuts
+        keys = _keys(merger, [part for part in merger.parts if part.name in self._targets])
+        changed = [p for p in merger.parts if p.name in keys and self._held.get(p.name) != keys[p.name]]
+        for part in changed:
+            self._held.pop(part.name, None)
+
+        def compute(parts: Sequence[Part]) -> list[None]:
+            with torch.no_grad():  # holds for one thread
+                merger.fill([(part, self._targets[part.name]) for part in parts])
+            return [None] * len(parts)
+
         with one_thread(torch.device("cpu")):
-            self._spread(self._compute, changed, lambda stream: stream.nbytes)
-        self._held |= {stream.name: keys[stream.name] for stream in changed}
+            self._spread(compute, changed, lambda part: part.info.elements * len(part.models))
+        self._held |= {part.name: keys[part.name] for part in changed}
         self.merged = len(changed)
 
-    def _compute(self, stream: TensorStream) -> None:
-        """Merge one tensor into its place."""
-        target, at = self._targets[stream.name], 0
-        with torch.no_grad():  # holds for one thread
-            for chunk in stream.chunks():
-                target[at : at + chunk.numel()].copy_(chunk)
-                at += chunk.numel()
-
-    def _spread(self, work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
-        """Do something with every item, the large ones first, small ones several at a time; results in order."""
+    def _spread(
+        self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], size: Callable[[T], int]
+    ) -> list[R]:
+        """Do something with all items, the large ones first, small ones several at a time; results in order."""
         order = sorted(range(len(items)), key=lambda i: -size(items[i]))
         heaps, results = _heaps(order, [size(item) for item in items]), dict[int, R]()
 
         def several(heap: list[int]) -> None:
-            for i in heap:
-                results[i] = work(items[i])
+            results.update(zip(heap, work([items[i] for i in heap]), strict=True))
 
         if len(heaps) == 1 or self.threads == 1:
             for heap in heaps:
@@ -247,7 +253,11 @@ class LiveWeights:
         table, method = candidate.array, self.pool.method
         pieces = [name for name in self._targets if self.pool.donor.info(name).dtype in COMPUTED]
         with one_thread(torch.device("cpu")):
-            products = self._spread(self._products, pieces, lambda name: self._targets[name].numel())
+            products = self._spread(
+                lambda names: [self._products(name) for name in names],
+                pieces,
+                lambda name: self._targets[name].numel(),
+            )
         total = np.zeros_like(table)
         for name, along in zip(pieces, products, strict=True):
             layer = layer_of(name, self.pool.donor.architecture)
@@ -284,12 +294,18 @@ class LiveWeights:
         return gradient.reshape(-1)[target.storage_offset() : target.storage_offset() + target.numel()]
 
 
-def _key(merger: Merger, part: Part) -> Any:
-    """What a merged tensor follows from."""
-    models = tuple(merger.sources[place].name for place, _ in part.models)
-    return models, part.weights, part.base, tuple(sorted((k, str(v)) for k, v in part.settings.items())), (
-        merger.method.type, str(merger.output_dtype(part)), merger.seed, merger.rounding,
-    )  # fmt: skip
+def _keys(merger: Merger, parts: Sequence[Part]) -> dict[str, Any]:
+    """For every tensor what its merge follows from."""
+    names = {place: source.name for place, source in merger.sources.items()}
+    general = merger.method.type, merger.seed, merger.rounding
+    settings = {id(p.settings): tuple(sorted((k, str(v)) for k, v in p.settings.items())) for p in parts}
+    return {
+        p.name: (
+            tuple(names[place] for place, _ in p.models), p.weights, p.base, settings[id(p.settings)],
+            merger.output_dtype(p), general,
+        )
+        for p in parts
+    }  # fmt: skip
 
 
 def _heaps(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +15,11 @@ import torch
 
 from honeloom.checkpoint.dtypes import format_name
 from honeloom.merging.engine.operands import KINDS, Operands, kernels, operands
-from honeloom.merging.engine.tensors import BLOCK, Bytes, Kept, Merged, Read, SparseSum, Tensors, WeightedSum
+from honeloom.merging.engine.tensors import BLOCK, Kept, Merged, Read, SparseSum, Tensors, WeightedSum
 from honeloom.ops.noise import stream_key
 from honeloom.ops.rounding import round_once
 
-__all__ = ["Chunk", "merge_chunk"]
+__all__ = ["Chunk", "merge_chunk", "prepared_chunk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,10 @@ class Chunk:
     beyond: int | None = None
 
 
-def merge_chunk(merged: Merged, tensors: Tensors, start: int, stop: int, dtype: torch.dtype) -> Chunk:
+def merge_chunk(
+    merged: Merged, tensors: Tensors, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None = None,
+    *, counted: bool = True,
+) -> Chunk:  # fmt: skip
     """Compute elements start..stop of a result and round them once.
 
     Parameters
@@ -54,60 +61,102 @@ def merge_chunk(merged: Merged, tensors: Tensors, start: int, stop: int, dtype: 
         Range of the flattened tensor.
     dtype : torch.dtype
         Of the output: float64, float32, bfloat16 or float16.
+    out : Tensor, optional
+        (stop - start,), contiguous and on the CPU, of any floating type: gets the rounded values, and is the chunk's.
+    counted : bool
+        Count what the rounding loses.
 
     Returns
     -------
     Chunk
         NaN and infinity are reported and not refused; every NaN is the same quiet NaN.
     """
-    values = torch.empty(stop - start, dtype=dtype)
+    return prepared_chunk(merged, tensors, start, stop, dtype, out, counted=counted)()
+
+
+def prepared_chunk(
+    merged: Merged, tensors: Tensors, start: int, stop: int, dtype: torch.dtype, out: torch.Tensor | None = None,
+    *, counted: bool = True,
+) -> Callable[[], Chunk]:  # fmt: skip
+    """`merge_chunk`, to be called once when all is ready: many chunks in a row keep the caches for the numbers.
+
+    The stored bytes that `tensors` gives must stay as they are until then.
+    """
+    held = dtype if out is None else out.dtype
+    summed = isinstance(merged, WeightedSum | SparseSum)
+    if out is not None and held != dtype and not (summed and held == torch.float32 and dtype.itemsize == 2):
+        return partial(_copied, prepared_chunk(merged, tensors, start, stop, dtype, counted=counted), out)
+    values = torch.empty(stop - start, dtype=dtype) if out is None else out
     if not isinstance(merged, WeightedSum | SparseSum):
-        return _by_torch(merged, tensors.base, values, start)
-    out: npt.NDArray[np.uint8] = values.view(torch.uint8).numpy()
-    kind, lost, damaged, beyond = KINDS[format_name(dtype)], 0, None, None
-    for first, part in operands(merged.tensors, start, stop, _base(merged)):
-        begin = (first - start) * dtype.itemsize
-        room = out[begin : begin + part.count * dtype.itemsize]
-        model, place, wrong, fewer = _run(merged, part, first, room, kind)
+        return partial(_by_torch, merged, tensors.base if counted else None, values, start)
+    _check(merged)
+    calls = _calls(merged, values, start, stop, dtype, counted)
+    return partial(_summed, values, next(calls, None), calls)
+
+
+def _copied(run: Callable[[], Chunk], out: torch.Tensor) -> Chunk:
+    """In another type."""
+    chunk = run()
+    return replace(chunk, values=out.copy_(chunk.values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A kernel and its arguments, addresses among them, hence the operands."""
+
+    first: int
+    part: Operands
+    kernel: Callable[..., tuple[int, int, int, int]]
+    arguments: tuple[Any, ...]
+
+
+def _summed(values: torch.Tensor, ready: _Call | None, calls: Iterator[_Call]) -> Chunk:
+    lost, damaged, beyond = 0, None, None
+    for call in chain((ready,) if ready else (), calls):
+        model, place, wrong, fewer = map(int, call.kernel(*call.arguments))
         lost += fewer
         if damaged is None and model >= 0:
-            damaged = (model, first + place)
+            damaged = (model, call.first + place)
         if beyond is None and wrong >= 0:
-            beyond = first + wrong
+            beyond = call.first + wrong
     return Chunk(values, lost, damaged, beyond)
 
 
-def _base(merged: WeightedSum | SparseSum) -> Read | None:
-    needed = isinstance(merged, SparseSum) or merged.from_base
-    return merged.tensors.origin if needed else merged.tensors.base
-
-
-def _run(
-    merged: WeightedSum | SparseSum, part: Operands, first: int, out: Bytes, kind: int
-) -> tuple[int, int, int, int]:
-    """Call the kernel; its answer."""
-    _check(merged)
+def _calls(
+    merged: WeightedSum | SparseSum, values: torch.Tensor, start: int, stop: int, dtype: torch.dtype, counted: bool
+) -> Iterator[_Call]:
+    """What computes the values, part by part."""
+    data: npt.NDArray[np.uint8] = values.view(torch.uint8).numpy()
+    size, kinds = values.dtype.itemsize, (KINDS[format_name(dtype)], KINDS[format_name(values.dtype)])
     if isinstance(merged, WeightedSum):
-        factors = np.array(merged.factors, np.float64)
-        found = kernels("kernels").weighted_sum(*part.arguments, factors, merged.from_base, out, kind)
+        kernel, settings = kernels("kernels").weighted_sum, (np.array(merged.factors, np.float64), merged.from_base)
     else:
-        found = kernels("kernels").sparse_sum(
-            *part.arguments,
-            first,
-            np.array([_cut_bits(kept) for kept in merged.kept], np.int64),
-            np.array([math.ceil(kept.probability * 2.0**53) for kept in merged.kept], np.int64),
-            np.array([stream_key("uniform", merged.tensors.seed, kept.stream) for kept in merged.kept], np.int64),
-            np.array([kept.factor for kept in merged.kept], np.float64),
-            np.array(merged.weights, np.float64),
-            merged.scale,
-            merged.elect,
-            merged.normalize,
-            merged.total,
-            out,
-            kind,
-        )
-    model, place, wrong, lost = map(int, found)
-    return model, place, wrong, lost
+        kernel, settings = kernels("kernels").sparse_sum, _sparse_settings(merged)
+    for first, part in operands(merged.tensors, start, stop, _base(merged, counted)):
+        begin = (first - start) * size
+        own = (first, *settings) if isinstance(merged, SparseSum) else settings
+        room = data[begin : begin + part.count * size]
+        yield _Call(first, part, kernel, (*part.arguments, *own, counted, room, *kinds))
+
+
+def _sparse_settings(merged: SparseSum) -> tuple[Any, ...]:
+    """What the kernel takes of a plan."""
+    return (
+        np.array([_cut_bits(kept) for kept in merged.kept], np.int64),
+        np.array([math.ceil(kept.probability * 2.0**53) for kept in merged.kept], np.int64),
+        np.array([stream_key("uniform", merged.tensors.seed, kept.stream) for kept in merged.kept], np.int64),
+        np.array([kept.factor for kept in merged.kept], np.float64),
+        np.array(merged.weights, np.float64),
+        merged.scale,
+        merged.elect,
+        merged.normalize,
+        merged.total,
+    )
+
+
+def _base(merged: WeightedSum | SparseSum, counted: bool) -> Read | None:
+    needed = isinstance(merged, SparseSum) or merged.from_base
+    return merged.tensors.origin if needed else merged.tensors.base if counted else None
 
 
 def _check(merged: WeightedSum | SparseSum) -> None:

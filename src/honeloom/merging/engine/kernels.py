@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from honeloom.merging.engine.bf16_kernels import HALF_ROW, error_share, narrow, near_sum, sum_exactly
 from honeloom.merging.engine.gram import LANES
+from honeloom.merging.engine.operands import KINDS
 from honeloom.merging.engine.row_kernels import MAGNITUDE, ROW, Array, at, compiled, decode, fill, int64_of, load, store
 from honeloom.merging.engine.tensors import BLOCK
 from honeloom.ops.noise_kernels import words
@@ -21,6 +23,7 @@ from honeloom.ops.noise_kernels import words
 __all__ = ["gram", "sparse_sum", "weighted_sum"]
 
 _I64, _U64 = np.int64, np.uint64
+_BF16 = KINDS["BF16"]
 _ALL = _I64(1 << 53)
 
 
@@ -38,9 +41,58 @@ def _axpy_delta(total: Array, row: Array, origin: Array, by: float) -> None:
 
 
 @compiled
+def _sum_row(
+    total: Array, row: Array, start: Array, base: int, base_kind: int, where: Array, kinds: Array,
+    factors: Array, from_base: bool, p: int, found: Array,
+) -> None:  # fmt: skip
+    """A row of any types; `found` as in `load`."""
+    fill(total, 0.0)
+    if base:
+        load(start, base, base_kind, p, where.size, found)
+    for k in range(where.size):
+        load(row, where[k], kinds[k], p, k, found)
+        if from_base:
+            _axpy_delta(total, row, start, factors[k])
+        else:
+            _axpy(total, row, factors[k])
+    if from_base:
+        _axpy(total, start, 1.0)
+
+
+@compiled
+def _weighted_halves(
+    count: int, base: int, where: Array, kinds: Array, factors: Array, out: Array, kind: int, held: int, compared: int
+) -> Any:
+    """`weighted_sum` of bfloat16 that is not compared: the cheapest way that is sure, row by row."""
+    merged, row, origin, room = np.empty(HALF_ROW), np.empty(ROW), np.empty(ROW), np.empty((2, ROW))
+    near, spare = np.empty((2, HALF_ROW), np.float32), np.empty(HALF_ROW, np.uint32)
+    singles, share = np.empty(factors.size, np.float32), error_share(factors, base != 0)
+    for k in range(factors.size):
+        singles[k] = factors[k]
+    found, missed = np.full(3, -1, np.int64), 0
+    for p in range(0, count, HALF_ROW):
+        n = min(HALF_ROW, count - p)
+        bits = spare[:n] if held == kind else out[4 * p : 4 * (p + n)].view(np.uint32)
+        # With weights such as 1/2 and 1/2 many sums lie on the very middle, and no try would succeed.
+        sure = share > 0 and missed <= 8 + p // (2 * HALF_ROW)
+        if sure:
+            sure = near_sum(bits, near, where, singles, factors, base, share, p)
+            missed += not sure
+        if sure or sum_exactly(bits, merged[:n], where, factors, base, p):
+            if held == kind:
+                narrow(out[2 * p : 2 * (p + n)].view(np.uint16), bits)
+            continue
+        for q in range(p, p + n, ROW):
+            total, begin = merged[: min(ROW, p + n - q)], origin[: min(ROW, p + n - q)]
+            _sum_row(total, row[: total.size], begin, base, kind, where, kinds, factors, base != 0, q, found)
+            store(out, kind, held, total, begin, compared, kind, q, found, room)
+    return found[0], found[1], found[2], 0
+
+
+@compiled
 def weighted_sum(
     count: int, base: int, base_kind: int, where: Array, kinds: Array,
-    factors: Array, from_base: bool, out: Array, kind: int,
+    factors: Array, from_base: bool, counted: bool, out: Array, kind: int, held: int,
 ) -> Any:  # fmt: skip
     """`WeightedSum`, rounded once.
 
@@ -52,35 +104,35 @@ def weighted_sum(
         (K,), float64.
     from_base : bool
         Sum task vectors, and add the base.
+    counted : bool
+        Compare the result with the base.
     out : ndarray
         (count times the size,), uint8: gets the result.
     kind : int
-        Of the result: F64, F32, BF16 or F16.
+        To which the result is rounded: F64, F32, BF16 or F16.
+    held : int
+        How that is written: the same, or F32 instead of BF16 or F16.
 
     Returns
     -------
     tuple of four int
         Model (K: the base) and place of the first input element that is NaN or infinite, place of the first such
         element of the result, each -1 if there is none; number of elements that the merge moves away from the base and
-        the rounding back to it (0 without a base).
+        the rounding back to it (0 without a base, or if not counted).
     """
-    merged, row, origin, spare = np.empty(ROW), np.empty(ROW), np.empty(ROW), np.empty(ROW)
+    merged, row, origin, room = np.empty(ROW), np.empty(ROW), np.empty(ROW), np.empty((2, ROW))
+    compared = base if counted else 0
+    halves = kind == _BF16 and compared == 0 and where.size > 0 and (not from_base or base_kind == _BF16)
+    for k in range(kinds.size):
+        halves &= kinds[k] == _BF16
+    if halves:
+        return _weighted_halves(count, base if from_base else 0, where, kinds, factors, out, kind, held, compared)
     found, lost = np.full(3, -1, np.int64), 0
     for p in range(0, count, ROW):
         n = min(ROW, count - p)
-        total, values, start = merged[:n], row[:n], origin[:n]
-        fill(total, 0.0)
-        if base:
-            load(start, base, base_kind, p, where.size, found)
-        for k in range(where.size):
-            load(values, where[k], kinds[k], p, k, found)
-            if from_base:
-                _axpy_delta(total, values, start, factors[k])
-            else:
-                _axpy(total, values, factors[k])
-        if from_base:
-            _axpy(total, start, 1.0)
-        lost += store(out, kind, total, start, base, base_kind, p, found, spare)
+        total, start = merged[:n], origin[:n]
+        _sum_row(total, row[:n], start, base, base_kind, where, kinds, factors, from_base, p, found)
+        lost += store(out, kind, held, total, start, compared, base_kind, p, found, room)
     return found[0], found[1], found[2], lost
 
 
@@ -159,7 +211,7 @@ def _combine(
 def sparse_sum(
     count: int, base: int, base_kind: int, where: Array, kinds: Array,
     first: int, cuts: Array, thresholds: Array, keys: Array, factors: Array, weights: Array,
-    scale: float, elect: bool, normalize: bool, total: float, out: Array, kind: int,
+    scale: float, elect: bool, normalize: bool, total: float, counted: bool, out: Array, kind: int, held: int,
 ) -> Any:  # fmt: skip
     """`SparseSum`, rounded once.
 
@@ -180,7 +232,7 @@ def sparse_sum(
         (K,), float64.
     scale, elect, normalize, total
         Of the `SparseSum`.
-    out, kind
+    counted, out, kind, held
         As in `weighted_sum`.
 
     Returns
@@ -188,7 +240,7 @@ def sparse_sum(
     tuple of four int
         As in `weighted_sum`.
     """
-    merged, origin, spare, room = np.empty(ROW), np.empty(ROW), np.empty(ROW), np.empty((2, ROW))
+    merged, origin, room = np.empty(ROW), np.empty(ROW), np.empty((2, ROW))
     rows, even, odd = np.empty((where.size, ROW)), np.empty(ROW + 2, np.uint32), np.empty(ROW + 2, np.uint32)
     found, lost = np.full(3, -1, np.int64), 0
     for p in range(0, count, ROW):
@@ -203,7 +255,7 @@ def sparse_sum(
                 _drop(row, even, odd, first + p, thresholds[k], keys[k])
         weight = _combine(result, rows, weights, room, elect, normalize, total)
         _scaled(result, weight, start, scale)
-        lost += store(out, kind, result, start, base, base_kind, p, found, spare)
+        lost += store(out, kind, held, result, start, base if counted else 0, base_kind, p, found, room)
     return found[0], found[1], found[2], lost
 
 

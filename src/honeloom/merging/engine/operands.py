@@ -20,6 +20,7 @@ KINDS = {"F64": 0, "F32": 1, "BF16": 2, "F16": 3, "F8_E4M3": 4, "F8_E5M2": 5}
 """The file format's names of the types that kernels read, and the kernels' numbers for them."""
 ITEM_SIZES = (8, 4, 2, 2, 1, 1)
 """Bytes per element, by that number."""
+_VIEWS = tuple(np.dtype(f"u{size}") for size in ITEM_SIZES)
 _Stored = tuple[Bytes, int]
 
 
@@ -113,7 +114,7 @@ def _part(read: Read, stored: _Stored | None, start: int, begin: int, end: int) 
     part = data[(begin - start) * size : (end - start) * size]
     if len(part) != (end - begin) * size:
         raise ValueError(f"{len(part)} bytes for {end - begin} elements of {size} bytes each")
-    return (part if part.flags.c_contiguous and part.ctypes.data % size == 0 else part.copy()), kind
+    return (part if part.flags.c_contiguous and part.view(_VIEWS[kind]).flags.aligned else part.copy()), kind
 
 
 def _bytes(values: torch.Tensor) -> Bytes:

@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 from honeloom.merging.engine.operands import ITEM_SIZES, KINDS
 
 __all__ = [
-    "MAGNITUDE", "ROW", "Array", "all_finite", "at", "compiled", "decode", "encode", "fill", "first_not_finite",
-    "float64_of", "int64_of", "load", "store",
+    "MAGNITUDE", "ROW", "Array", "all_finite", "at", "bf16_bits", "compiled", "decode", "encode", "fill",
+    "first_not_finite", "float64_of", "int64_of", "load", "single", "store", "uint32_of", "widen",
 ]  # fmt: skip
 
 ROW = 1024
@@ -56,6 +56,7 @@ def _bits_as(target: Any) -> Any:
 
 
 _float32_of, float64_of, int64_of = (_bits_as(t) for t in (types.float32, types.float64, types.int64))
+uint32_of = _bits_as(types.uint32)
 
 
 def _typed_pointer(_context: Any, address: Any) -> Any:
@@ -76,6 +77,12 @@ def fill(row: Any, value: Any) -> None:
 
 
 @compiled
+def single(half: Any) -> Any:
+    """The number of a bfloat16's bits, as float32."""
+    return _float32_of(_U32(_U32(half) << _U32(16)))
+
+
+@compiled
 def at(address: Any, kind: int, first: int, count: int) -> Any:
     """Stored bytes of some elements."""
     size = _SIZES[kind]
@@ -89,7 +96,7 @@ def decode(row: Array, data: Array, kind: int) -> None:
     if kind == _BF16:
         halves = data.view(np.uint16)
         for i in range(n):
-            row[i] = _float32_of(_U32(_U32(halves[i]) << _U32(16)))
+            row[i] = single(halves[i])
     elif kind == _F32:
         singles = data.view(np.float32)
         for i in range(n):
@@ -121,8 +128,9 @@ def _decode_f16(row: Array, halves: Array) -> None:
 def encode(data: Array, row: Array, kind: int) -> bool:
     """Float64 to the nearest stored value, ties to even, in one step; whether all of these are finite."""
     if kind == _BF16:
-        if not _encode_normal(data.view(np.uint16), row.view(np.int32)):
-            _encode_16(data.view(np.uint16), row, 45, _I32(896 << 7), 897 << 52, 2.0**133, _I32(0x7F80))
+        if _encode_bf16(data.view(np.uint16), row):
+            return True
+        _encode_16(data.view(np.uint16), row, 45, _I32(896 << 7), 897 << 52, 2.0**133, _I32(0x7F80))
     elif kind == _F16:
         _encode_16(data.view(np.uint16), row, 42, _I32(1008 << 10), 1009 << 52, 2.0**24, _I32(0x7C00))
     elif kind == _F32:
@@ -152,22 +160,23 @@ def _write_nan(data: Array, row: Array, kind: int) -> None:
 
 
 @compiled
-def _encode_normal(codes: Array, words: Array) -> bool:
-    """To bfloat16 by the upper halves of the float64; False, and nothing is right, if a number is subnormal.
+def bf16_bits(value: float) -> Any:
+    """Bits as a float32 of the nearest bfloat16, ties to even, where that is finite; else those of NaN or infinity.
 
-    Of the lower half only whether it is 0 can matter, which goes to the last of the upper half's 13 bits that are
-    rounded away.
+    A sum with a number whose last place is that of the result rounds once, subnormal numbers too; the difference is
+    exact, and only the sign of 0 must be brought back.
     """
+    bits = int64_of(value)
+    large = float64_of(max(bits & _INFINITY, _I64(897 << 52))) * (1.5 * 2.0**45)
+    return uint32_of(np.float32(float64_of(int64_of((value + large) - large) | (bits & ~MAGNITUDE))))
+
+
+@compiled
+def _encode_bf16(codes: Array, row: Array) -> bool:
+    """To bfloat16; False, and nothing is right, if a number is NaN, infinite or becomes so."""
     for i in range(codes.size):
-        upper = words[2 * i + 1]
-        size = _I32((upper & _I32(0x7FFFFFFF)) | (_I32(1) if words[2 * i] != _I32(0) else _I32(0)))
-        code = _I32(_I32(_U32(size + _I32(0xFFF) + _I32((size >> _I32(13)) & _I32(1))) >> _U32(13)) - _I32(896 << 7))
-        code = min(max(code, _I32(1) if size > _I32(0) else _I32(0)), _I32(0x7F80))
-        codes[i] = _U16(code | _I32(_I32(upper >> _I32(16)) & _I32(0x8000)))
-    least = _U16(0xFFFF)
-    for i in range(codes.size):
-        least = min(least, _U16(_U16(codes[i] & _U16(0x7FFF)) - _U16(1)))  # 0 is beyond all then
-    return bool(least >= 0x7F)
+        codes[i] = _U16(bf16_bits(row[i]) >> _U32(16))
+    return bool(all_finite(codes.view(np.uint8), _BF16))
 
 
 @compiled
@@ -199,12 +208,13 @@ def all_finite(data: Array, kind: int) -> bool:
         for i in range(halves.size):
             largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
         return bool(largest < (0x7F80 if kind == _BF16 else 0x7C00))
-    wrong = _I64(0)
     if kind == _F32:
-        singles = data.view(np.uint32)
+        singles, most = data.view(np.uint32), _U32(0)
         for i in range(singles.size):
-            wrong |= _I64((singles[i] & _U32(0x7FFFFFFF)) >= _U32(0x7F800000))
-    elif kind == _F64:
+            most = max(most, _U32(singles[i] & _U32(0x7FFFFFFF)))
+        return bool(most < _U32(0x7F800000))
+    wrong = _I64(0)
+    if kind == _F64:
         doubles = data.view(np.int64)
         for i in range(doubles.size):
             wrong |= _I64((doubles[i] & MAGNITUDE) >= _INFINITY)
@@ -279,15 +289,35 @@ def _equal_floats(one: Array, other: Array) -> int:
 
 
 @compiled
+def widen(singles: Array, data: Array, kind: int, spare: Array) -> None:
+    """Stored elements as float32."""
+    if kind == _BF16:
+        halves, bits = data.view(np.uint16), singles.view(np.uint32)
+        for i in range(halves.size):
+            bits[i] = _U32(_U32(halves[i]) << _U32(16))
+    else:
+        decode(spare[: singles.size], data, kind)
+        for i in range(singles.size):
+            singles[i] = np.float32(spare[i])
+
+
+@compiled
 def store(
-    out: Array, kind: int, merged: Array, origin: Array, base: int, base_kind: int, p: int, found: Array, spare: Array
-) -> int:
-    """Encode a row, note in `found` the first element that is not finite, and count what the rounding loses."""
+    out: Array, kind: int, held: int, merged: Array, origin: Array, base: int, base_kind: int, p: int, found: Array,
+    room: Array,
+) -> int:  # fmt: skip
+    """Encode a row, note in `found` the first element that is not finite, and count what the rounding loses.
+
+    What is rounded to `kind` is written as `held`: as itself, or as float32. `room` is (2, ROW) float64, for anything.
+    """
     size, n = _SIZES[kind], merged.size
-    data = out[p * size : (p + n) * size]
+    spare = room[0]
+    data = out[p * size : (p + n) * size] if held == kind else room[1].view(np.uint8)[: n * size]
     if not encode(data, merged, kind) and found[2] < 0:
         decode(spare[:n], data, kind)
         found[2] = p + _first(spare[:n])
+    if held != kind:
+        widen(out[4 * p : 4 * (p + n)].view(np.float32), data, kind, spare)
     if base == 0:
         return 0
     if base_kind == kind:

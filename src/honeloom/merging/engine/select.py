@@ -27,6 +27,8 @@ FIRST = (1023 - 64) << 52
 _TOP, _INFINITY = (1 << 63) - 1, 0x7FF << 52
 _ROOM = 1 << 18
 _PIECE = 16 * BLOCK
+_KEPT = 16
+"""Cuts of one task vector that are kept for another merge, the newest."""
 
 Pass = Callable[[], Iterable[tuple[int, Operands]]]
 
@@ -100,7 +102,10 @@ def largest_each(tensors: Tensors, counts: Sequence[Sequence[int]]) -> tuple[tup
         There is no base.
     """
     origin, count = tensors.origin, tensors.count
-    searches = [_Search(m, k) for m, ks in enumerate(counts) for k in dict.fromkeys(ks) if 0 < k < count]
+    known = tensors.cuts or tuple[dict[int, Cut], ...]({} for _ in tensors.models)
+    searches = [
+        _Search(m, k) for m, ks in enumerate(counts) for k in dict.fromkeys(ks) if 0 < k < count and k not in known[m]
+    ]
     wanted = {(search.model, search.rank): [search] for search in searches}
 
     def passes() -> Iterable[tuple[int, Operands]]:
@@ -108,7 +113,14 @@ def largest_each(tensors: Tensors, counts: Sequence[Sequence[int]]) -> tuple[tup
             yield from operands(tensors, start, stop, origin)
 
     _run(passes, len(tensors.models), searches, places=True)
-    return tuple(tuple(_cut(k, count, wanted.get((m, k), [])) for k in ks) for m, ks in enumerate(counts))
+    found = tuple(
+        tuple(known[m].get(k) or _cut(k, count, wanted.get((m, k), [])) for k in ks) for m, ks in enumerate(counts)
+    )
+    for cuts, ks, new in zip(known, counts, found, strict=True):
+        cuts.update(zip(ks, new, strict=True))
+        while len(cuts) > _KEPT:
+            del cuts[next(iter(cuts))]
+    return found
 
 
 def order_statistics(read: Read, count: int, ranks: Sequence[int]) -> list[float]:

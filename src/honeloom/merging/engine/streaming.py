@@ -20,10 +20,10 @@ from honeloom.checkpoint.writer import TensorStream
 from honeloom.config.methods import MethodConfig
 from honeloom.errors import ConfigError, IncompatibleModelsError, NotFiniteError
 from honeloom.merging.config import MergeMethodConfig, keeps_equal, plan_settings
-from honeloom.merging.engine.chunks import Chunk, merge_chunk
+from honeloom.merging.engine.chunks import Chunk, merge_chunk, prepared_chunk
 from honeloom.merging.engine.layout import Part
 from honeloom.merging.engine.sources import ModelSource
-from honeloom.merging.engine.tensors import BLOCK, Bytes, Merged, Read, Rule, Tensors
+from honeloom.merging.engine.tensors import BLOCK, Bytes, Cut, Merged, Read, Rule, Tensors
 from honeloom.ops.noise import uniform
 from honeloom.ops.rounding import round_stochastically
 from honeloom.registry import family
@@ -87,6 +87,8 @@ class Merger:
     counts : dict
         Filled while streaming: tensor -> elements that the merge moves away from the base and the
         output type rounds back to it, and all elements that have a base.
+    cuts : dict or None
+        What one merge found of the sizes of task vectors, for the next of the same models; None keeps nothing.
     """
 
     method: MethodConfig
@@ -105,6 +107,7 @@ class Merger:
     chunk: int = CHUNK
     threads: int = 1
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    cuts: dict[tuple[str, str, str, str], dict[int, Cut]] | None = None
     _rooms: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     @classmethod
@@ -165,9 +168,15 @@ class Merger:
             return Tensors(part.name, shape, rows.models, part.weights, rows.base, data, self.seed)
         reads = tuple(partial(self.sources[place].read, name) for place, name in part.models)
         base = partial(self.base.read, part.base) if self.base and part.base else None
-        return Tensors(
-            part.name, shape, reads, part.weights, base, data, self.seed, partial(self._raw, part) if raw else None
-        )
+        stored = partial(self._raw, part) if raw else None
+        return Tensors(part.name, shape, reads, part.weights, base, data, self.seed, stored, self._cuts(part))
+
+    def _cuts(self, part: Part) -> tuple[dict[int, Cut], ...]:
+        """Known cuts of each model's task vector."""
+        if self.cuts is None or not (self.base and part.base):
+            return ()
+        origin = self.base.name, part.base
+        return tuple(self.cuts.setdefault((self.sources[p].name, n, *origin), {}) for p, n in part.models)
 
     def plan(self, part: Part, *, raw: bool = True) -> tuple[Merged, Tensors]:
         """The method's result for a part, not yet computed, and what it reads."""
@@ -231,6 +240,30 @@ class Merger:
         if key not in rooms or len(rooms[key]) < size:
             rooms[key] = np.empty(size, dtype=np.uint8)
         return rooms[key]
+
+    def fill(self, places: Sequence[tuple[Part, torch.Tensor]]) -> None:
+        """Compute tensors into memory: every value is rounded to the output type first, as in `streams`.
+
+        Parameters
+        ----------
+        places : sequence of (Part, Tensor)
+            Some of `parts`, and where each goes: (n,), contiguous, any type and device. The sources must give stored
+            bytes that stay, such as those of a mapped file.
+        """
+        ready: list[tuple[Part, torch.dtype, Callable[[], Chunk]]] = []
+        for part, out in places:
+            if part.info.dtype not in COMPUTED or self.rounding == "stochastic" or out.device.type != "cpu":
+                start = 0
+                for values in self._chunks(part):
+                    out[start : start + values.numel()].copy_(values.reshape(-1))
+                    start += values.numel()
+                continue
+            (merged, tensors), dtype = self.plan(part), self.output_dtype(part)
+            for start, stop in self._pieces(part):
+                run = prepared_chunk(merged, tensors, start, stop, dtype, out[start:stop], counted=False)
+                ready.append((part, dtype, run))
+        for part, dtype, run in ready:
+            self._check(part, run(), dtype)
 
     def _chunks(self, part: Part) -> Iterator[torch.Tensor]:
         if part.info.dtype not in COMPUTED:

@@ -57,6 +57,9 @@ class Tensors:
         For random methods.
     raw : Raw or None
         The same base and models as stored bytes, which the compiled kernels take where they can; same results, faster.
+    cuts : tuple of dict
+        For every model the cuts of its task vector that are known, by the number of entries chosen; more are added.
+        Empty: none are kept.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Tensors:
     data: tuple[Read | None, ...] = ()
     seed: int = 0
     raw: Raw | None = None
+    cuts: tuple[dict[int, Cut], ...] = ()
 
     @property
     def count(self) -> int:
