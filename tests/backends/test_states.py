@@ -1,5 +1,6 @@
 """The residual stream: what the hooks show is what the layers do."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,8 @@ from honeloom import lab
 from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.load import load_model, load_tokenizer
 from honeloom.backends.hf.score import pad_batch
-from honeloom.backends.hf.states import RunningMean, mean_states, skip_sublayers, watch_sublayers
+from honeloom.backends.hf.states import Reached, RunningMeans, mean_states, watched
+from honeloom.backends.hf.sublayers import locate, silenced
 from honeloom.checkpoint.architectures import architecture_of
 from honeloom.testing.fakes import chat_row
 
@@ -20,47 +22,58 @@ def world():
     return model, architecture_of(model.config.to_dict()), encoded
 
 
-def test_watched_streams_are_the_layers_own(world):
-    model, architecture, encoded = world
-    seen = {}
-    for _ in watch_sublayers(
-        model, architecture, [encoded], lambda k, i, a, b: seen.__setitem__((k, i), (a.clone(), b.clone()))
-    ):
-        pass
+def watch(model, encoded, observe, where=None, **kwargs):
     ids, mask, _ = pad_batch(encoded, model.device)
-    with torch.inference_mode():
-        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    with watched(model, where or locate(model), observe), torch.inference_mode():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+
+
+def test_watched_streams_are_the_layers_own(world):
+    model, _, encoded = world
+    seen = {}
+    out = watch(
+        model, encoded, lambda k, i, a, b: seen.__setitem__((k, i), (a.clone(), b.clone())), output_hidden_states=True
+    )
     layers = model.config.num_hidden_layers
     assert len(seen) == 3 * layers
     for i in range(layers):
         before, after = seen["block", i]
-        assert torch.equal(before, states[i])
+        assert torch.equal(before, out.hidden_states[i])
         assert torch.equal(seen["attention", i][1], seen["mlp", i][0])
         if i + 1 < layers:  # transformers reports the last state after the final norm
-            assert torch.equal(after, states[i + 1])
+            assert torch.equal(after, out.hidden_states[i + 1])
 
 
-def test_skipped_sublayers_add_nothing(world):
-    model, architecture, encoded = world
+def test_silent_halves_are_not_shown_and_the_block_is(world):
+    model, _, encoded = world
     seen = {}
+    with silenced(model, attention=[2, 5], mlp=[4, 5]) as where:
+        watch(model, encoded, lambda k, i, a, b: seen.__setitem__((k, i), bool(torch.equal(a, b))), where)
+    assert [key for key, same in seen.items() if same] == [("block", 5)]
+    assert {("attention", 2), ("attention", 5), ("mlp", 4), ("mlp", 5)}.isdisjoint(seen)
+    assert len(seen) == 3 * model.config.num_hidden_layers - 4
 
-    def look(kind, i, a, b):
-        seen[kind, i] = bool(torch.equal(a, b))
 
-    with skip_sublayers(model, architecture, attention=[2], mlp=[4]):
-        for _ in watch_sublayers(model, architecture, [encoded], look):
-            pass
-    assert [k for k, same in sorted(seen.items()) if same] == [("attention", 2), ("mlp", 4)]
+def test_a_pass_can_end_behind_the_last_layer(world):
+    model, _, encoded = world
+    ids, _, _ = pad_batch(encoded, model.device)
+    where, seen, heads = locate(model), [], []
+    handle = model.lm_head.register_forward_hook(lambda *a: heads.append(1))
+    with watched(model, where, lambda k, i, a, b: seen.append((k, i)), stop=True), pytest.raises(Reached):
+        model(input_ids=ids)
+    handle.remove()
+    assert seen[-1] == ("block", model.config.num_hidden_layers - 1)
+    assert heads == []
 
 
 def test_hooks_are_gone_afterwards(world):
-    model, architecture, encoded = world
+    model, _, encoded = world
 
     def hooks():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     before = hooks()
-    list(watch_sublayers(model, architecture, [encoded], lambda *a: None))
+    watch(model, encoded, lambda *a: None)
     assert hooks() == before
 
 
@@ -73,12 +86,15 @@ def test_mean_states_do_not_depend_on_padding(world, layer):
         assert torch.allclose(together[i], alone[0], atol=1e-5)
 
 
-def test_running_mean_is_weighted_by_tokens_with_rows_as_units():
-    mean = RunningMean()
-    mean.add(torch.tensor([2.0, 9.0]), torch.tensor([1.0, 3.0]))
-    assert mean.mean == 11 / 4
-    assert RunningMean([3.0], [1.0]).stderr is None
-    sums, counts = torch.rand(50), torch.full((50,), 4.0)
-    many = RunningMean()
-    many.add(sums, counts)
-    assert many.stderr == pytest.approx(float((sums / 4).double().std() / 50**0.5), rel=1e-6)
+def test_running_means_are_weighted_by_tokens_with_rows_as_units():
+    mean = RunningMeans(2)
+    mean.add(np.array([[2.0, 9.0, 0.0], [1.0, 0.0, 0.0]]), np.array([[1.0, 3.0, 0.0], [4.0, 0.0, 0.0]]))
+    assert mean.means.tolist() == [11 / 4, 1 / 4]
+    assert mean.rows.tolist() == [2, 1]
+    assert mean.tokens.tolist() == [4, 4]
+    assert mean.stderr(1) is None
+    sums = np.random.default_rng(0).random((1, 50))
+    many = RunningMeans(1)
+    for part in np.split(sums, [7, 20], axis=1):
+        many.add(part, np.full(part.shape, 4.0))
+    assert many.stderr(0) == pytest.approx((sums / 4).std(ddof=1) / 50**0.5, rel=1e-6)

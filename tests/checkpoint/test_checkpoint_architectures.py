@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from honeloom.backends.hf.states import skip_sublayers
+from honeloom.backends.hf.sublayers import silenced
 from honeloom.checkpoint.architectures import (
     ARCHITECTURES,
     architecture_of,
@@ -111,7 +111,7 @@ def test_attention_stream_is_where_it_is_said_to_be(saved):
     with torch.no_grad():
         model(input_ids=ids)
         assert not torch.equal(seen["in"], seen["mid"])
-        with skip_sublayers(model, architecture, attention=[1], mlp=[]):
+        with silenced(model, attention=[1]):
             model(input_ids=ids)
         assert torch.equal(seen["in"], seen["mid"])
     for handle in handles:
@@ -130,7 +130,7 @@ def test_zero_output_tensors_add_exactly_nothing(saved, branch, tmp_path):
     ids = torch.arange(12).view(1, -1)
     skipped = {"attention": [], "mlp": [], branch: [1]}
     with torch.no_grad():
-        with skip_sublayers(model, architecture, **skipped):
+        with silenced(model, **skipped):
             wanted = model(input_ids=ids).logits
         assert torch.equal(zeroed(input_ids=ids).logits, wanted)
         assert not torch.equal(model(input_ids=ids).logits, wanted)

@@ -7,18 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from honeloom.config.base import Attention, ModelInput, RowsConfig, RowsInput
-from honeloom.config.methods import FamilyMethod, MethodConfig
+from honeloom.config.methods import FamilyMethod
+from honeloom.dropping.metric_config import CosineConfig, DropMetricConfig
 
-__all__ = ["CosineConfig", "DropConfig", "DropMetric"]
-
-
-class CosineConfig(MethodConfig):
-    """1 - mean cosine of the residual stream before and after a sub-layer."""
-
-    type: Literal["cosine"] = "cosine"
+__all__ = ["DropConfig", "DropMetric"]
 
 
-DropMetric = Annotated[SerializeAsAny[MethodConfig], FamilyMethod("dropping", "cosine")]
+DropMetric = Annotated[SerializeAsAny[DropMetricConfig], FamilyMethod("dropping", "cosine")]
 
 
 class DropConfig(RowsConfig):

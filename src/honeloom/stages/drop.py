@@ -10,8 +10,9 @@ import torch
 
 from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
 from honeloom.backends.hf.compare import logits_gap, probe_ids
+from honeloom.backends.hf.importance import score_units
 from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
-from honeloom.backends.hf.states import Kind, RunningMean, skip_sublayers, watch_sublayers
+from honeloom.backends.hf.sublayers import silenced
 from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
 from honeloom.checkpoint.dtypes import torch_dtype
 from honeloom.checkpoint.folders import copy_config, copy_tokenizer, refuse_quantised
@@ -20,9 +21,9 @@ from honeloom.checkpoint.writer import TensorStream, write_checkpoint
 from honeloom.dropping.config import DropConfig
 from honeloom.dropping.cost import cache_shape, kv_bytes_per_token, matrix_parameters
 from honeloom.dropping.plan import choose_drops
+from honeloom.dropping.scores import KINDS, UnitScores
 from honeloom.errors import ConfigError, RowsError
 from honeloom.ops.noise import keyed_uniform
-from honeloom.registry import family
 from honeloom.runs.atomic import require_space, write_json
 from honeloom.stages.row_records import CALIBRATION_FILE, write_table
 from honeloom.stages.rows import scan
@@ -32,7 +33,6 @@ from honeloom.types.report import Check, Metric
 
 __all__ = ["execute"]
 
-KINDS: tuple[Kind, ...] = ("attention", "mlp", "block")
 CHUNK = 1 << 22
 
 
@@ -46,18 +46,18 @@ def execute(work: Work[DropConfig]) -> Outcome:
     model = load_model(source, loading=Loading.of(config))
     with Checkpoint.open(source) as checkpoint:
         architecture = architecture_of(checkpoint.config, checkpoint.names())
-        means = _score(work, model, architecture, _calibration(work, model))
-        plan = _plan(config, means)
-        write_json(work.dir / "scores.json", _scores_json(means))
+        scores = _score(work, model, architecture, _calibration(work, model))
+        plan = _plan(config, scores)
+        write_json(work.dir / "scores.json", {kind: scores.to_json()[kind] for kind in KINDS})
         write_json(work.dir / "drop_plan.json", plan.to_json())
         work.log.say(f"drop: attention {list(plan.attention)}, mlp {list(plan.mlp)}, blocks {list(plan.block)}")
         zeroed = _write_zero(checkpoint, architecture, plan, work.dir)
         copy_config(source, work.dir)
         copy_tokenizer(source, work.dir)
         details = _costs(checkpoint, model, architecture)
-    checks = _verify(work, model, architecture, plan)
+    checks = _verify(work, model, plan)
     details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers"]}
-    return Outcome("model", ".", _metrics(means), checks, details, relation="finetune")
+    return Outcome("model", ".", _metrics(scores), checks, details, relation="finetune")
 
 
 def _calibration(work: Work[DropConfig], model: Any) -> list[Encoded]:
@@ -87,52 +87,18 @@ def _calibration(work: Work[DropConfig], model: Any) -> list[Encoded]:
     return sorted(used.values(), key=lambda e: -len(e.ids))
 
 
-def _score(
-    work: Work[DropConfig], model: Any, architecture: Architecture, encoded: Sequence[Encoded]
-) -> dict[Kind, list[RunningMean]]:
-    """Mean importance of attention, MLP and block of every layer, in one pass, keeping no activations."""
-    metric = family("dropping").load(work.config.metric.type)
-    layers = model.config.get_text_config().num_hidden_layers
-    means: dict[Kind, list[RunningMean]] = {kind: [RunningMean() for _ in range(layers)] for kind in KINDS}
-    current: dict[str, torch.Tensor] = {}
-
-    def observe(kind: Kind, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        mask = current["mask"]
-        values = metric(before, after) * mask
-        means[kind][layer].add(values.double().sum(dim=1), mask.double().sum(dim=1))
-
-    def batches() -> Iterator[Sequence[Encoded]]:
-        size = work.config.batch_size
-        starts = range(0, len(encoded), size)
-        for start in work.log.track(starts, "score layers", len(starts)):
-            batch = encoded[start : start + size]
-            width = max(len(e.ids) for e in batch)
-            rows = [[1.0] * len(e.ids) + [0.0] * (width - len(e.ids)) for e in batch]
-            current["mask"] = torch.tensor(rows, device=model.device)
-            yield batch
-
-    for _ in watch_sublayers(model, architecture, batches(), observe):
-        pass
-    return means
+def _score(work: Work[DropConfig], model: Any, architecture: Architecture, encoded: Sequence[Encoded]) -> UnitScores:
+    """Importance of attention, MLP and block of every layer, in one pass over the rows."""
+    size = work.config.batch_size
+    starts = work.log.track(range(0, len(encoded), size), "score layers", -(-len(encoded) // size))
+    batches = (encoded[start : start + size] for start in starts)
+    return score_units(model, architecture, batches, [work.config.metric])[work.config.metric.type]
 
 
-def _plan(config: DropConfig, means: dict[Kind, list[RunningMean]]) -> DropPlan:
-    values = {kind: [m.mean for m in means[kind]] for kind in KINDS}
+def _plan(config: DropConfig, scores: UnitScores) -> DropPlan:
     counts = {"attention": config.attention, "mlp": config.mlp, "block": config.block}
-    return choose_drops(
-        values["attention"],
-        values["mlp"],
-        values["block"],
-        counts=counts,
-        metric=config.metric.type,
-        profile=config.profile,
-    )
-
-
-def _scores_json(means: dict[Kind, list[RunningMean]]) -> dict[str, Any]:
-    return {
-        kind: [{"layer": i, "value": m.mean, "stderr": m.stderr} for i, m in enumerate(means[kind])] for kind in KINDS
-    }
+    attention, mlp, block = ([s.value for s in scores.of(kind) if s] for kind in KINDS)
+    return choose_drops(attention, mlp, block, counts=counts, metric=config.metric.type, profile=config.profile)
 
 
 def _write_zero(checkpoint: Checkpoint, architecture: Architecture, plan: DropPlan, folder: Path) -> list[str]:
@@ -176,21 +142,22 @@ def _costs(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> di
     return {name: {"before": value, "after": value} for name, value in same.items()}
 
 
-def _verify(work: Work[DropConfig], model: Any, architecture: Architecture, plan: DropPlan) -> tuple[Check, ...]:
+def _verify(work: Work[DropConfig], model: Any, plan: DropPlan) -> tuple[Check, ...]:
     """The written model, loaded plainly, against the source with the dropped sub-layers silenced."""
     tokenizer = load_tokenizer(work.model())
     ids = probe_ids(tokenizer, model.config, work.config.seed)
     probe = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
     again = load_model(work.dir, loading=Loading.of(work.config))
-    with skip_sublayers(model, architecture, plan.dropped_attention(), plan.dropped_mlp()):
+    with silenced(model, attention=plan.dropped_attention(), mlp=plan.dropped_mlp()):
         gap = logits_gap(model, again, ids)
     claim = f"plain transformers gives the dropped model's logits on {probe} (largest difference)"
     return (Check(claim, gap, 1e-4, gap <= 1e-4),)
 
 
-def _metrics(means: dict[Kind, list[RunningMean]]) -> tuple[Metric, ...]:
+def _metrics(scores: UnitScores) -> tuple[Metric, ...]:
     return tuple(
-        Metric("importance", m.mean, len(m.sums), "1 - cosine", True, m.stderr, f"{kind}.{i}")
+        Metric("importance", s.value, scores.rows, "1 - cosine", True, s.stderr, f"{kind}.{i}")
         for kind in KINDS
-        for i, m in enumerate(means[kind])
+        for i, s in enumerate(scores.of(kind))
+        if s
     )

@@ -25,6 +25,8 @@ from honeloom.checkpoint.folders import read_config
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.checkpoint.reader import weight_files
 from honeloom.config.base import DEFAULT_MAX_TOKENS
+from honeloom.dropping.export.dropped import AUTO_MAP
+from honeloom.dropping.export.halves import DROPPED
 from honeloom.errors import CheckpointError, ConfigError, MissingExtraError, SourceError
 from honeloom.planning.memory import Work, read_decoder, weight_bytes
 from honeloom.registry import load_target
@@ -52,6 +54,7 @@ _FIELDS = (
 MIXTURES = {
     "honeloom_mixture": "honeloom.backends.hf.mixture_model:register",
     "honeloom_models": "honeloom.backends.hf.models_mixture:register",
+    DROPPED: "honeloom.backends.hf.dropped_model:register",
 }
 """Model types of our own -> what makes them known to transformers."""
 
@@ -138,7 +141,7 @@ def load_config(path: Path) -> Any:
     file = path / "config.json"
     document = read_config(path)
     code = document.get("auto_map")
-    if code:
+    if code and not (document.get("model_type") == DROPPED and code == AUTO_MAP):  # ours, and read without its file
         names = ", ".join(map(str, code.values())) if isinstance(code, dict) else str(code)
         raise CheckpointError(
             f"{file}: auto_map asks to run code from the repository ({names});"

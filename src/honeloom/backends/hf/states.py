@@ -1,67 +1,72 @@
 """The residual stream, seen while it passes: hooks hand every layer's states on and keep none.
 
-`watch_sublayers` shows what attention, MLP and block do to the stream; `mean_states` gives
-masked means of hidden states. Statistics accumulate in float64 with padding excluded.
+`watched` shows what attention, MLP and block do to the stream; `mean_states` gives masked means of
+hidden states. Statistics accumulate in float64 with padding excluded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from honeloom.backends.hf.chat import Encoded
 from honeloom.backends.hf.score import pad_batch
+from honeloom.backends.hf.sublayer_map import Sublayers, layer_list, stream_of
 from honeloom.checkpoint.architectures import Architecture
+from honeloom.dropping.scores import Kind
 from honeloom.errors import CheckpointError
 
-__all__ = [
-    "Kind",
-    "Reached",
-    "RunningMean",
-    "layers_of",
-    "mean_states",
-    "skip_sublayers",
-    "stream_after",
-    "watch_sublayers",
-]
+__all__ = ["Reached", "RunningMeans", "layers_of", "mean_states", "stream_after", "watched"]
 
-Kind = Literal["attention", "mlp", "block"]
+Array = npt.NDArray[np.float64]
 Observer = Callable[[Kind, int, torch.Tensor, torch.Tensor], None]
 
 
-@dataclass(slots=True)
-class RunningMean:
-    """Mean and standard error of values that arrive in groups (one group per row).
+class RunningMeans:
+    """Means and standard errors of many values at once, which arrive in groups: one group of tokens per row.
 
-    The standard error treats rows as the independent units, not tokens: it is that of the
-    mean over tokens as a ratio of row sums.
+    Only sums in float64 are kept. The standard error treats rows as the independent units, not tokens: it is that
+    of the mean over tokens as a ratio of row sums. Rows without tokens do not count.
+
+    Parameters
+    ----------
+    values : int
+        How many means.
     """
 
-    sums: list[float] = field(default_factory=list)
-    counts: list[float] = field(default_factory=list)
+    def __init__(self, values: int) -> None:
+        self._sums = np.zeros((5, values))
+        self.rows = np.zeros(values, dtype=np.int64)
 
-    def add(self, sums_B: torch.Tensor, counts_B: torch.Tensor) -> None:
-        """Add the rows of a batch: sum of values and number of tokens of each, shape (B,)."""
-        self.sums += sums_B.double().tolist()
-        self.counts += counts_B.double().tolist()
-
-    @property
-    def mean(self) -> float:
-        """Sum of values over number of tokens."""
-        return sum(self.sums) / sum(self.counts)
+    def add(self, sums_VB: Array, counts_VB: Array) -> None:
+        """Add the rows of a batch: sum of values and number of tokens of each, shape (V, B)."""
+        self.rows += (counts_VB > 0).sum(axis=1)
+        products = (sums_VB, counts_VB, sums_VB**2, sums_VB * counts_VB, counts_VB**2)
+        self._sums += np.stack([p.sum(axis=1) for p in products])
 
     @property
-    def stderr(self) -> float | None:
-        """Standard error of the mean; None for fewer than two rows."""
-        n, mean, total = len(self.sums), self.mean, sum(self.counts)
+    def tokens(self) -> Array:
+        """Number of tokens of each mean, (V,)."""
+        return self._sums[1]
+
+    @property
+    def means(self) -> Array:
+        """Sum of values over number of tokens, (V,)."""
+        return self._sums[0] / self._sums[1]
+
+    def stderr(self, value: int) -> float | None:
+        """Standard error of one mean; None for fewer than two rows."""
+        n, (s, c, ss, sc, cc) = int(self.rows[value]), self._sums[:, value].tolist()
         if n < 2:
             return None
-        square = sum((s - mean * c) ** 2 for s, c in zip(self.sums, self.counts, strict=True))
-        return float((square * n / (n - 1)) ** 0.5 / total)
+        mean = s / c
+        square = max(0.0, ss - 2 * mean * sc + mean * mean * cc)
+        return float((square * n / (n - 1)) ** 0.5 / c)
 
 
 def layers_of(model: Any, architecture: Architecture) -> Sequence[torch.nn.Module]:
@@ -76,96 +81,94 @@ def layers_of(model: Any, architecture: Architecture) -> Sequence[torch.nn.Modul
         ) from None
 
 
-def watch_sublayers(
-    model: Any, architecture: Architecture, batches: Iterable[Sequence[Encoded]], observe: Observer
-) -> Iterator[torch.Tensor]:
-    """Run batches and show the stream before and after every sub-layer as it is computed.
+@contextmanager
+def watched(model: Any, where: Sublayers, observe: Observer, *, stop: bool = False) -> Iterator[None]:
+    """Within it, a forward pass shows the stream before and after every attention, MLP and block.
+
+    Nothing is kept, so memory does not grow with layers or batches.
 
     Parameters
     ----------
     model : transformers model
         In evaluation mode.
-    architecture : Architecture
-        Names the layers and the place between attention and MLP.
-    batches : iterable of sequence of Encoded
-        Rows of each forward pass.
+    where : Sublayers
+        From `locate`.
     observe : callable
-        Called as observe(kind, layer, before, after) with tensors (B, T, D) of the current
-        batch. Nothing is kept, so memory does not grow with layers or batches.
-
-    Yields
-    ------
-    Tensor
-        The batch's attention mask (B, T), after its forward pass.
-
-    Raises
-    ------
-    CheckpointError
-        The layout has no stream between attention and MLP (parallel branches).
+        Called as observe(kind, layer, before, after) with tensors (B, T, D) as they are computed: of a layer the
+        attention, the MLP, the block. Where both halves read one stream, `after` is that stream and what the half
+        adds to it. Halves that a layer lacks are not shown; its block is.
+    stop : bool
+        End the pass with `Reached` behind the last layer: final norm and head are not computed.
     """
-    if architecture.mid_stream is None:
-        raise CheckpointError(
-            f"{architecture.model_type} runs attention and MLP in parallel, so no stream lies between them; "
-            "sequential decoders can be scored"
-        )
+    layers = layer_list(model, where)
     with ExitStack() as stack:
-        for index, layer in enumerate(layers_of(model, architecture)):
-            stack.enter_context(_watch_layer(layer, index, architecture.mid_stream, observe))
-        for batch in batches:
-            ids, mask, _ = pad_batch(batch, model.device)
-            with torch.inference_mode():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            yield mask
-
-
-@contextmanager
-def _watch_layer(layer: torch.nn.Module, index: int, mid_stream: str, observe: Observer) -> Iterator[None]:
-    held: dict[str, torch.Tensor] = {}
-
-    def at_input(module: Any, args: Any, kwargs: Any) -> None:
-        held["in"] = args[0] if args else kwargs["hidden_states"]
-
-    def at_middle(module: Any, args: Any, kwargs: Any) -> None:
-        held["mid"] = args[0] if args else next(iter(kwargs.values()))
-        observe("attention", index, held["in"], held["mid"])
-
-    def at_output(module: Any, args: Any, output: Any) -> None:
-        out = output[0] if isinstance(output, tuple) else output
-        observe("mlp", index, held["mid"], out)
-        observe("block", index, held["in"], out)
-        held.clear()
-
-    handles = [
-        layer.register_forward_pre_hook(at_input, with_kwargs=True),
-        layer.get_submodule(mid_stream).register_forward_pre_hook(at_middle, with_kwargs=True),
-        layer.register_forward_hook(at_output),
-    ]
-    try:
+        for index, layer in enumerate(layers):
+            last = stop and index + 1 == len(layers)
+            for handle in _Watch(where, index, observe, last).hooks(layer):
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@contextmanager
-def skip_sublayers(
-    model: Any, architecture: Architecture, attention: Sequence[int], mlp: Sequence[int]
-) -> Iterator[None]:
-    """Let the given attentions and MLPs add nothing to the stream: the reference for a dropped model."""
+class _Watch:
+    """The hooks of one layer, and the streams that they hand to one another."""
 
-    def silence(module: Any, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
+    def __init__(self, where: Sublayers, index: int, observe: Observer, last: bool) -> None:
+        self.where, self.index, self.observe, self.last = where, index, observe, last
+        self.attends, self.has_mlp = index not in where.without_attention, index not in where.without_mlp
+        self.before: torch.Tensor | None = None
+        self.middle: torch.Tensor | None = None
 
-    layers = layers_of(model, architecture)
-    handles = [layers[i].get_submodule(architecture.attention).register_forward_hook(silence) for i in attention]
-    handles += [layers[i].get_submodule(architecture.mlp).register_forward_hook(silence) for i in mlp]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def hooks(self, layer: Any) -> list[Any]:
+        handles = [layer.register_forward_pre_hook(self.at_input, with_kwargs=True)]
+        if self.where.mid_stream is not None:
+            module = layer.get_submodule(self.where.mid_stream)
+            handles.append(module.register_forward_pre_hook(self.at_middle, with_kwargs=True))
+        else:
+            halves: tuple[tuple[Kind, bool, str], ...] = (
+                ("attention", self.attends, self.where.attention[-1]),
+                ("mlp", self.has_mlp, self.where.mlp[-1]),
+            )
+            for kind, present, path in halves:
+                if present:
+                    handles.append(layer.get_submodule(path).register_forward_hook(self.at_half(kind)))
+        return [*handles, layer.register_forward_hook(self.at_output)]
+
+    def at_input(self, module: Any, args: Any, kwargs: Any) -> None:
+        self.before = args[0] if args else kwargs["hidden_states"]
+
+    def at_middle(self, module: Any, args: Any, kwargs: Any) -> None:
+        assert self.before is not None  # the layer was entered
+        middle = args[0] if args else next(iter(kwargs.values()))
+        self.middle = _in_shape(middle, self.before)
+        if self.attends:
+            self.observe("attention", self.index, self.before, self.middle)
+
+    def at_half(self, kind: Kind) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            assert self.before is not None  # the layer was entered
+            added = stream_of(output)
+            self.observe(kind, self.index, self.before, self.before + added.view(self.before.shape))
+
+        return hook
+
+    def at_output(self, module: Any, args: Any, output: Any) -> None:
+        assert self.before is not None  # the layer was entered
+        after = stream_of(output)
+        if self.where.mid_stream is not None and self.has_mlp:
+            assert self.middle is not None  # and its middle passed
+            self.observe("mlp", self.index, self.middle, after)
+        self.observe("block", self.index, self.before, after)
+        self.before = self.middle = None
+        if self.last:
+            raise Reached
+
+
+def _in_shape(stream: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A stream whose tokens were laid end to end, as (B, T, D); the tensor itself where it is a view of it."""
+    if stream.shape == like.shape:
+        return stream
+    whole = stream._base
+    return whole if whole is not None and whole.shape == like.shape else stream.view(like.shape)
 
 
 class Reached(Exception):
@@ -210,7 +213,7 @@ def stream_after(model: Any, architecture: Architecture, layer: int) -> Iterator
         raise Reached
 
     def keep_output(module: Any, args: Any, output: Any) -> None:
-        held["state"] = output[0] if isinstance(output, tuple) else output
+        held["state"] = stream_of(output)
         raise Reached
 
     if layer == -1:
