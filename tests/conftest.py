@@ -25,6 +25,12 @@ if os.environ.get("CI"):
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _importances_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What an earlier run or the user measured must not decide a test."""
+    os.environ["HONELOOM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real rows and models, or skip; a missing folder fails where everything is required."""

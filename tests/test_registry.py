@@ -89,7 +89,7 @@ def test_every_method_can_be_chosen_by_name_and_by_settings(kind, name):
         "tune": {"rows": "x", "model": "m"},
         "aggregate": {"adapters": ["a", "b"]},
         "merge": {"models": MODELS.get(name, ["a", "b"]), "base_model": "base"},
-        "drop": {"model": "m", "calibration": "x", "attention": 1},
+        "drop": {"model": "m", "calibration": "x", "block": 1},
     }[verb.name]
     for choice in (name, {"type": name}) if name != "scores" else ({"type": name, "path": "scores.parquet"},):
         chosen = getattr(validate(load_target(verb.config), {**minimal, field: choice}, what="test"), field)

@@ -51,7 +51,7 @@ _ALL = (
     Verb("glue", "honeloom.zoo.config:GlueConfig", "honeloom.stages.glue:execute", family="merging"),
     Verb("extract-lora", "honeloom.merging.extract_config:ExtractConfig", "honeloom.stages.extract_lora:execute"),
     Verb("convert", "honeloom.checkpoint.convert_config:ConvertConfig", "honeloom.stages.convert:execute"),
-    Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", family="dropping"),
+    Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", version=2, family="dropping"),
     Verb("evaluate", "honeloom.evaluation.config:EvaluateConfig", "honeloom.stages.evaluate:execute"),
 )
 

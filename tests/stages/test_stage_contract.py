@@ -228,7 +228,7 @@ def test_bad_input_says_what_to_do(tmp_path, out, tuned):
         honeloom.select("lab:dev", method="ifd", output_dir=tmp_path / "o")
     with pytest.raises(ConfigError, match="is an adapter; merge it"):
         honeloom.tune(out / "tuned", "lab:dev", output_dir=tmp_path / "o")
-    with pytest.raises(ConfigError, match="at most 8"):
+    with pytest.raises(ConfigError, match="at most 7"):
         honeloom.drop("lab:base", tmp_path / "o", attention=9, calibration="lab:dev", samples=2)
     with pytest.raises(RowsError, match="budget"):
         honeloom.select("lab:dev", keep="1tok", model="lab:base", output_dir=tmp_path / "o")

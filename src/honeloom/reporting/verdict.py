@@ -200,7 +200,10 @@ def _glue(report: Report, inputs: Inputs) -> Verdict:
 
 
 def _drop(report: Report, inputs: Inputs) -> Verdict:
-    d, plan = report.details, report.details["plan"]
+    d, plan = report.details, report.details.get("plan")
+    if plan is None:
+        sentence = f"The importance of every layer of {_name(inputs, 'model', 'the model')} was measured."
+        return Verdict(sentence, None, (("metric", clip(d["metric"])), ("rows", f"{d['rows']:,}")))
     nouns = (("attention", "the attention"), ("mlp", "the MLP"), ("block", "the whole block"))
     parts = [f"{noun} of {_layers(plan[k])}" for k, noun in nouns if plan[k]]
     sentence = f"{_name(inputs, 'model', 'The model')} lost {' and '.join(parts) or 'nothing'}."

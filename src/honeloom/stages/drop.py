@@ -1,163 +1,174 @@
-"""`drop`: score every sub-layer in one pass, plan, write, reload and compare."""
+"""`drop`: look, score, choose, heal, write by a profile, reload and compare."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from honeloom.backends.hf.chat import Encoded, Encoder, UnrenderableRow
-from honeloom.backends.hf.compare import logits_gap, probe_ids
-from honeloom.backends.hf.importance import score_units
-from honeloom.backends.hf.load import Loading, load_model, load_tokenizer, token_limit
-from honeloom.backends.hf.sublayers import silenced
-from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
-from honeloom.checkpoint.dtypes import torch_dtype
-from honeloom.checkpoint.folders import copy_config, copy_tokenizer, refuse_quantised
+from honeloom.backends.devices import release_memory
+from honeloom.backends.hf.compare import largest_gap, probe_ids, row_logits
+from honeloom.backends.hf.load import Loading, load_model
+from honeloom.backends.hf.reload_export import GGUF_NAME, reload_export, save_export
+from honeloom.backends.hf.sublayers import Sublayers, silence
+from honeloom.checkpoint.architectures import ARCHITECTURES
+from honeloom.checkpoint.folders import discard
 from honeloom.checkpoint.reader import Checkpoint
-from honeloom.checkpoint.writer import TensorStream, write_checkpoint
+from honeloom.dropping.choice import Ports, choose
 from honeloom.dropping.config import DropConfig
-from honeloom.dropping.cost import cache_shape, kv_bytes_per_token, matrix_parameters
-from honeloom.dropping.plan import choose_drops
-from honeloom.dropping.scores import KINDS, UnitScores
-from honeloom.errors import ConfigError, RowsError
-from honeloom.ops.noise import keyed_uniform
-from honeloom.runs.atomic import require_space, write_json
-from honeloom.stages.row_records import CALIBRATION_FILE, write_table
-from honeloom.stages.rows import scan
+from honeloom.dropping.export import Source, export_plan
+from honeloom.dropping.plan import drop_plan
+from honeloom.dropping.scores import UnitScores
+from honeloom.errors import ConfigError
+from honeloom.runs.atomic import write_json
+from honeloom.stages.drop_cache import read_scores
+from honeloom.stages.drop_costs import Costs
+from honeloom.stages.drop_heal import HEALED, Healed, heal, require_affine
+from honeloom.stages.drop_report import (
+    budget_checks,
+    drop_curve,
+    drop_details,
+    importance_metrics,
+    loss_metrics,
+    scores_document,
+)
+from honeloom.stages.drop_session import Session, open_session
+from honeloom.stages.drop_source import DropSource, open_source
 from honeloom.stages.work import Outcome, Work
 from honeloom.types.plans import DropPlan
-from honeloom.types.report import Check, Metric
+from honeloom.types.report import Check
 
 __all__ = ["execute"]
 
-CHUNK = 1 << 22
+LIMIT = 1e-4
+"""Largest difference of logits that a written model may have."""
 
 
 def execute(work: Work[DropConfig]) -> Outcome:
     """Run a drop."""
-    config, found = work.config, work.inputs["model"]
-    if found.base is not None:
-        raise ConfigError(f"{found.value} is an adapter; merge it into its base first, then drop layers of the result")
-    source = found.paths[0]
-    refuse_quantised(source, "drop")
-    model = load_model(source, loading=Loading.of(config))
-    with Checkpoint.open(source) as checkpoint:
-        architecture = architecture_of(checkpoint.config, checkpoint.names())
-        scores = _score(work, model, architecture, _calibration(work, model))
-        plan = _plan(config, scores)
-        write_json(work.dir / "scores.json", {kind: scores.to_json()[kind] for kind in KINDS})
-        write_json(work.dir / "drop_plan.json", plan.to_json())
-        work.log.say(f"drop: attention {list(plan.attention)}, mlp {list(plan.mlp)}, blocks {list(plan.block)}")
-        zeroed = _write_zero(checkpoint, architecture, plan, work.dir)
-        copy_config(source, work.dir)
-        copy_tokenizer(source, work.dir)
-        details = _costs(checkpoint, model, architecture)
-    checks = _verify(work, model, plan)
-    details |= {"plan": plan.to_json(), "zeroed": zeroed, "loads_in": ["transformers"]}
-    return Outcome("model", ".", _metrics(scores), checks, details, relation="finetune")
+    config = work.config
+    source = open_source(config, work.inputs["model"])
+    with Checkpoint.open(source.folder) as checkpoint:
+        if config.only is None and source.stock.get("model_type") in ARCHITECTURES:
+            _try_profile(config, checkpoint, None)
+        session = open_session(work, source)
+        if config.only == "scores":
+            return _scores_alone(work, session)
+        located = _try_profile(config, checkpoint, session.where)
+        costs = Costs.of(checkpoint, located, source.folder)
+        scores = _known_scores(work, source, session)
+        ports = Ports(lambda drops: session.scores(drops) if drops or scores is None else scores, session.loss,
+                      costs.units, costs.before)  # fmt: skip
+        drops = choose(config, source.room, ports)
+        plan = drop_plan(drops, metric="named" if config.layers else config.metric.type, profile=config.profile)
+        _write_decision(work, plan, scores)
+        curve = drop_curve(session, drops, costs, config.speed_context)
+        healed = heal(session, source, drops, plan) if config.heal or config.affine else None
+        export, checks = _write(work, source, checkpoint, session, plan, healed)
+        details = drop_details(config, plan, drops, export, costs)
+    checks = (*checks, *budget_checks(config, drops, costs, export))
+    details |= {"curve": curve, "scores_reused": session.cached, "scores_from": config.scores}
+    details |= {"healing": healed.details} if healed else {}
+    metrics = importance_metrics(config, scores) if scores else ()
+    metrics += loss_metrics(session, drops, healed.loss if healed else None)
+    if config.profile == "gguf":
+        return Outcome("gguf", GGUF_NAME, metrics, checks, details, "finetune")
+    return Outcome("model", ".", metrics, checks, details, "finetune")
 
 
-def _calibration(work: Work[DropConfig], model: Any) -> list[Encoded]:
-    """Encode the calibration rows: a seeded sample of at most `samples`, longest first."""
-    tokenizer = load_tokenizer(work.model())
-    if tokenizer is None:
-        work.log.warn(
-            "the model has no tokenizer: layers are scored on seeded token ids, which say little of real text"
+def _scores_alone(work: Work[DropConfig], session: Session) -> Outcome:
+    """Measure importances and drop nothing."""
+    scores = session.scores()
+    write_json(work.dir / "scores.json", scores_document(scores))
+    details = {
+        "metric": work.config.metric.type, "rows": scores.rows, "tokens": scores.tokens,
+        "ignored_rows": scores.ignored_rows, "scores_reused": session.cached,
+    }  # fmt: skip
+    check = Check("units that have an importance", float(_count(scores)), 1.0, _count(scores) > 0)
+    return Outcome("scores", "scores.json", importance_metrics(work.config, scores), (check,), details)
+
+
+def _count(scores: UnitScores) -> int:
+    return sum(s is not None for kind in (scores.attention, scores.mlp, scores.block) for s in kind)
+
+
+def _try_profile(config: DropConfig, checkpoint: Checkpoint, where: Sublayers | None) -> Source:
+    """Refuse, before anything is scored, a family or a setting that the profile cannot take whatever the plan."""
+    nothing = DropPlan((), (), (), config.metric.type, config.profile)
+    export_plan(checkpoint, nothing, where)
+    source = Source.of(checkpoint, nothing, where)
+    halves = config.attention or config.mlp or config.joint or (config.budget and config.kinds != ("block",))
+    if config.pairs and halves and config.layers is None and not source.layout.sequential:
+        raise ConfigError(
+            f"native: attention and MLP of this {source.layout.model_type} "
+            + ("read the same stream" if source.layout.listed else "are not of a listed family")
+            + ", so the MLP of a layer and the attention of the next never make a block; drop whole blocks (--block N)"
         )
-        ids = probe_ids(None, model.config, work.config.seed)
-        return [
-            Encoded(ids=tuple(row), scored=(False,) * len(row), chars=0, truncated=False, ends=False) for row in ids
-        ]
-    config, rows = work.config, scan(work, field="calibration")
-    draws = keyed_uniform(config.seed, "drop/calibration", rows.ids)
-    chosen = sorted(range(len(rows)), key=lambda i: (draws[i], rows.ids[i]))[: config.samples]
-    encoder = Encoder(tokenizer, token_limit(model.config, tokenizer, config.max_length))
-    used: dict[str, Encoded] = {}
-    for row in rows.take(chosen):
-        try:
-            used[row.id] = encoder.encode_choices(row)[row.answer] if row.kind == "choice" else encoder.encode(row)
-        except UnrenderableRow as error:
-            work.log.event("skipped", row=row.id, reason=str(error))
-    if not used:
-        raise RowsError("no calibration row could be rendered; look at them with `honeloom rows preview`")
-    write_table(work.dir / CALIBRATION_FILE, {"id": list(used)})
-    return sorted(used.values(), key=lambda e: -len(e.ids))
+    if config.affine:
+        require_affine(source)
+    if config.heal and source.layout.listed is None:
+        raise ConfigError(
+            f"heal: a {source.layout.model_type} is not a listed family, so adapters cannot be merged into its files; "
+            "drop without --heal, then tune the result"
+        )
+    return source
 
 
-def _score(work: Work[DropConfig], model: Any, architecture: Architecture, encoded: Sequence[Encoded]) -> UnitScores:
-    """Importance of attention, MLP and block of every layer, in one pass over the rows."""
-    size = work.config.batch_size
-    starts = work.log.track(range(0, len(encoded), size), "score layers", -(-len(encoded) // size))
-    batches = (encoded[start : start + size] for start in starts)
-    return score_units(model, architecture, batches, [work.config.metric])[work.config.metric.type]
+def _known_scores(work: Work[DropConfig], source: DropSource, session: Session) -> UnitScores | None:
+    """Importances of the whole model: given, measured, or none where layers are named."""
+    config = work.config
+    if config.scores is not None:
+        return read_scores(work.inputs["scores"].paths[0], config, source.room.layers)
+    return session.scores() if config.layers is None else None
 
 
-def _plan(config: DropConfig, scores: UnitScores) -> DropPlan:
-    counts = {"attention": config.attention, "mlp": config.mlp, "block": config.block}
-    attention, mlp, block = ([s.value for s in scores.of(kind) if s] for kind in KINDS)
-    return choose_drops(attention, mlp, block, counts=counts, metric=config.metric.type, profile=config.profile)
+def _write_decision(work: Work[DropConfig], plan: DropPlan, scores: UnitScores | None) -> None:
+    if scores is not None:
+        write_json(work.dir / "scores.json", scores_document(scores))
+    write_json(work.dir / "drop_plan.json", plan.to_json())
+    work.log.say(f"drop: attention {list(plan.attention)}, mlp {list(plan.mlp)}, blocks {list(plan.block)}")
 
 
-def _write_zero(checkpoint: Checkpoint, architecture: Architecture, plan: DropPlan, folder: Path) -> list[str]:
-    """Copy the checkpoint with the output projections of dropped sub-layers set to zero; returns their names."""
-    names = checkpoint.names()
-    zeroed = [n for layer in plan.dropped_attention() for n in output_tensors(architecture, names, layer, "attention")]
-    zeroed += [n for layer in plan.dropped_mlp() for n in output_tensors(architecture, names, layer, "mlp")]
-    require_space(folder, sum(checkpoint.info(n).end - checkpoint.info(n).start for n in names))
-    write_checkpoint(folder, [_stream(checkpoint, name, name in zeroed) for name in names])
-    return zeroed
+def _write(
+    work: Work[DropConfig], source: DropSource, checkpoint: Checkpoint, session: Session, plan: DropPlan,
+    healed: Healed | None,
+) -> tuple[Any, tuple[Check, ...]]:  # fmt: skip
+    """Write the export, of the healed folder if there is one, and compare it with the source without what went."""
+    folder = healed.folder if healed else source.folder
+    if healed is None:
+        export = export_plan(checkpoint, plan, session.where)
+        save_export(work.dir, checkpoint, export)
+    else:
+        with Checkpoint.open(folder) as other:
+            export = export_plan(other, plan, session.where)
+            save_export(work.dir, other, export)
+    for note in export.notes:
+        work.log.say(f"drop: {note}")
+    check = _verify(work, folder, session, plan, changed=healed is not None)
+    discard(work.dir / HEALED)
+    discard(work.dir / ".heal")
+    return export, (*(healed.checks if healed else ()), check)
 
 
-def _stream(checkpoint: Checkpoint, name: str, zero: bool) -> TensorStream:
-    info = checkpoint.info(name)
-
-    def chunks() -> Iterator[torch.Tensor]:
-        for start in range(0, info.elements, CHUNK):
-            piece = checkpoint.read_slice(name, start, min(info.elements, start + CHUNK))
-            yield torch.zeros_like(piece) if zero else piece
-
-    return TensorStream(name, torch_dtype(info.dtype), info.shape, chunks)
-
-
-def _costs(checkpoint: Checkpoint, model: Any, architecture: Architecture) -> dict[str, Any]:
-    """Parameters, cache bytes and matrix FLOPs per token; the zero profile keeps them all."""
-    infos = [checkpoint.info(name) for name in checkpoint.names()]
-    config = model.config.get_text_config()
-    cache = cache_shape(config.to_dict())
-    matrices = matrix_parameters(
-        {i.name: i.shape for i in infos},
-        embedding=architecture.embeddings.rsplit(".", 1)[-1],
-        tied=bool(model.config.tie_word_embeddings),
-        experts=getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1,
-        active=getattr(config, "num_experts_per_tok", None) or 1,
-    )
-    same = {
-        "params": sum(i.elements for i in infos),
-        "kv_bytes_per_token": kv_bytes_per_token(cache, cache.layers, torch_dtype(infos[0].dtype).itemsize),
-        "flops_per_token": round(2 * matrices),
-    }
-    return {name: {"before": value, "after": value} for name, value in same.items()}
-
-
-def _verify(work: Work[DropConfig], model: Any, plan: DropPlan) -> tuple[Check, ...]:
-    """The written model, loaded plainly, against the source with the dropped sub-layers silenced."""
-    tokenizer = load_tokenizer(work.model())
-    ids = probe_ids(tokenizer, model.config, work.config.seed)
+def _verify(work: Work[DropConfig], folder: Path, session: Session, plan: DropPlan, *, changed: bool) -> Check:
+    """The written model, opened as its runtimes do, against the source with the dropped halves silenced."""
+    config, tokenizer = work.config, session.tokenizer
+    ids = probe_ids(tokenizer, session.model.config, config.seed)
     probe = "two sentences" if tokenizer else "seeded token ids (no tokenizer)"
-    again = load_model(work.dir, loading=Loading.of(work.config))
-    with silenced(model, attention=plan.dropped_attention(), mlp=plan.dropped_mlp()):
-        gap = logits_gap(model, again, ids)
-    claim = f"plain transformers gives the dropped model's logits on {probe} (largest difference)"
-    return (Check(claim, gap, 1e-4, gap <= 1e-4),)
-
-
-def _metrics(scores: UnitScores) -> tuple[Metric, ...]:
-    return tuple(
-        Metric("importance", s.value, scores.rows, "1 - cosine", True, s.stderr, f"{kind}.{i}")
-        for kind in KINDS
-        for i, s in enumerate(scores.of(kind))
-        if s
-    )
+    loading = Loading.of(config)
+    if config.profile in ("decilm", "gguf"):  # computed in float32 on the host
+        loading = replace(loading, device="cpu", dtype="fp32")
+    if changed or loading != Loading.of(config):
+        session.model = None
+        release_memory()
+        session.model = load_model(folder, loading=loading)
+        silence(session.model, attention=plan.dropped_attention(), mlp=plan.dropped_mlp())
+    else:
+        silence(session.model, attention=plan.dropped_attention(), mlp=plan.dropped_mlp(), where=session.where)
+    expected = row_logits(session.model, ids)
+    session.model = None
+    release_memory()
+    gap = largest_gap(expected, row_logits(reload_export(work.dir, config.profile, loading=loading), ids))
+    opened = {"decilm": "its runtimes' rules give", "gguf": "llama.cpp's rules give", "dropped": "the loader gives"}
+    how = opened.get(config.profile, "plain transformers gives")
+    return Check(f"{how} the dropped model's logits on {probe} (largest difference)", gap, LIMIT, gap <= LIMIT)

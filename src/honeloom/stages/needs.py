@@ -15,6 +15,7 @@ from typing import Any
 from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
 from honeloom.config.load import parse_scalar
+from honeloom.dropping.config import DropConfig
 from honeloom.errors import CheckpointError, ConfigError, HoneloomError
 from honeloom.federated.continuation import follows
 from honeloom.federated.federate_config import FederateConfig
@@ -27,6 +28,7 @@ from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, r
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
+from honeloom.stages.drop_notes import drop_notes
 from honeloom.stages.glue_plan import glue_notes
 from honeloom.stages.merge_plan import merge_notes
 from honeloom.stages.mix_plan import mix_notes
@@ -158,7 +160,7 @@ def _require_usable(job: Job, stored: str | None) -> None:
         return
     if getattr(config, "load_in", None):
         raise CheckpointError(f"its weights are quantised already; leave load_in {config.load_in} out")
-    if job.verb.name == "drop" or (job.verb.name == "tune" and config.method.type == "full"):
+    if (job.verb.name == "drop" and config.only is None) or (job.verb.name == "tune" and config.method.type == "full"):
         doing = "drop" if job.verb.name == "drop" else "tune --method full"
         raise CheckpointError(f"its weights are quantised, which {doing} refuses; use the model that it was made from")
 
@@ -234,6 +236,8 @@ def _notes(job: Job) -> tuple[str, ...]:
         return tuple(mix_notes(config, job.inputs))
     if isinstance(config, GlueConfig):
         return glue_notes(config, job.inputs)
+    if isinstance(config, DropConfig):
+        return drop_notes(config, job.inputs)
     if not isinstance(config, FederateConfig):
         return ()
     return (*exposure_of(config).lines(), *_traffic(config, _model_config(job)))
@@ -355,7 +359,7 @@ def _as_list(value: Any) -> list[str]:
 def _changed(value: Any, default: Any) -> Any:
     """Of a method's settings those that are not its defaults; all of another method's."""
     if isinstance(value, dict) and isinstance(default, dict) and value.get("type") == default.get("type"):
-        return {k: v for k, v in value.items() if v != default[k]}
+        return {k: v for k, v in value.items() if k not in default or v != default[k]}
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +49,7 @@ class Probe:
             self._require_identity(i)
         for half in HALVES:
             present = [i for i in range(len(self.layers)) if i not in self.where.without(half)]
-            norms = self._norms(half, present[0]) if present else ()
+            norms = self._shared_norms(half, present)
             if half == "attention":
                 self.where = replace(self.where, attention_norms=norms)
             else:
@@ -123,6 +123,11 @@ class Probe:
                 f"{self._name(i)}: without its {half} it differs by up to {gap:.3g} from the layer whose {half} "
                 "returns zeros, so the half cannot be taken out"
             )
+
+    def _shared_norms(self, half: Half, present: Sequence[int]) -> tuple[str, ...]:
+        """Norms of a half in every layer: in one whose other half gives zeros, the other's norm seems idle too."""
+        found = [self._norms(half, i) for i in present]
+        return tuple(name for name in (found[0] if found else ()) if all(name in names for names in found))
 
     def _norms(self, half: Half, i: int) -> tuple[str, ...]:
         """Norms that change nothing once the half is silent."""

@@ -14,6 +14,7 @@ from honeloom.reporting.panels.curvature import curvature_panel, distances_panel
 from honeloom.reporting.panels.depth_sweep import depth_sweep_panel
 from honeloom.reporting.panels.domain_maps import domain_map_panel, entropy_map_panel
 from honeloom.reporting.panels.domain_mix import domain_mix_panel
+from honeloom.reporting.panels.drop_curve import drop_order_panel, pareto_panel
 from honeloom.reporting.panels.entropy import entropy_panel
 from honeloom.reporting.panels.federation import exposure_panel, rounds_panel, traffic_panel
 from honeloom.reporting.panels.federation_cost import (
@@ -57,7 +58,7 @@ PANELS: dict[str, tuple[Callable[[Path, Report], Panel | None], ...]] = {
     "merge": (parents_panel, tokens_panel),
     "mix": (routing_panel, gates_panel),
     "glue": (advice_panel, results_panel, similarity_panel, search_panel, coefficients_panel),
-    "drop": (importance_panel,),
+    "drop": (importance_panel, drop_order_panel, pareto_panel),
     "federate": (
         loss_by_round_panel, rounds_panel, client_losses_panel, client_rates_panel, loss_by_bytes_panel, traffic_panel,
         instead_panel, memory_panel, measured_panel, update_norms_panel, exactness_panel, module_errors_panel,
