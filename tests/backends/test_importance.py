@@ -380,6 +380,25 @@ def test_the_batch_and_the_overflow_of_fp16_are_named():
         score_units(model, where, [[good], [bad]], [CosineConfig()])
 
 
+@pytest.mark.parametrize("metric", [CosineConfig(), KlConfig(), TaylorConfig()])
+def test_rows_with_numbers_that_are_none_can_be_left_out(metric):
+    """The embedding of token 7 is infinite: without the rows that hold it, scores are those of the others."""
+    model = tiny("llama")
+    where = locate(model)
+    bad = Encoded(ids=(7, 8, 9), scored=(False, True, True), chars=3, truncated=False, ends=True)
+    good = [row for row in rows(5, 9, 4) if 7 not in row.ids]
+    expected = score_units(model, where, [good], [metric])[metric.type]
+    model.model.embed_tokens.weight.data[7] = float("inf")
+    with pytest.raises(NotFiniteError, match="--on-nan skip"):
+        score_units(model, where, [[*good, bad]], [metric])
+    got = score_units(model, where, [[*good, bad], [bad]], [metric], skip_not_finite=True)[metric.type]
+    assert (got.skipped_rows, got.rows, got.tokens) == (2, expected.rows, expected.tokens)
+    for kind in KINDS:
+        assert [s.value for s in got.of(kind)] == pytest.approx([s.value for s in expected.of(kind)], rel=1e-5)
+    with pytest.raises(RowsError, match="of which 1 gave NaN"):
+        score_units(model, where, [[bad]], [metric], skip_not_finite=True)
+
+
 def test_rows_without_tokens_are_counted_and_none_left_is_refused():
     model = tiny("llama")
     empty = Encoded(ids=(), scored=(), chars=0, truncated=False, ends=False)

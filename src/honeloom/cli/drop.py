@@ -69,6 +69,12 @@ _HealRank = Annotated[
 _Affine = Annotated[
     bool, typer.Option("--affine", help="Scale the half behind every gap by least squares, without training.")
 ]
+_OnNan = Annotated[
+    str | None,
+    typer.Option(
+        "--on-nan", metavar="stop|skip", help="When scoring gives NaN: stop, or leave such rows out.  [default: stop]"
+    ),
+]
 _Samples = Annotated[_Count, typer.Option("--samples", metavar="N", help="Calibration rows at most.  [default: 256]")]
 
 
@@ -94,6 +100,7 @@ def drop(
     heal_steps: _HealSteps = None,
     heal_rank: _HealRank = None,
     affine: _Affine = False,
+    on_nan: _OnNan = None,
     limit: o.Limit = None,
     split: o.Split = None,
     strict: o.Strict = False,
@@ -124,7 +131,7 @@ def drop(
         "only": only, "heal": heal, "heal_steps": heal_steps, "heal_rank": heal_rank, "affine": affine,
         "samples": samples, "limit": limit, "split": split, "strict": strict, "max_bad": max_bad,
         "batch_size": batch_size, "max_length": max_length, "seed": seed, "device": device, "dtype": dtype,
-        "attn": attn,
+        "attn": attn, "on_nan": on_nan,
     }  # fmt: skip
     run_verb("drop", honeloom.drop, settings("drop", given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
              resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip

@@ -110,6 +110,9 @@ class DropConfig(RowsConfig):
     speed_context: int | None = Field(
         None, gt=0, description="Time decoding with this many tokens in the cache, along the order of drops."
     )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="NaN or infinite numbers in scoring: stop, or leave out the rows that have them."
+    )
     attn: Attention = None
     samples: int = Field(256, gt=0, description="At most this many calibration rows.")
     batch_size: int = Field(8, gt=0, description="Rows per forward pass.")

@@ -42,6 +42,8 @@ class UnitScores:
         Rows and tokens that were scored.
     ignored_rows : int
         Rows without any token to score.
+    skipped_rows : int
+        Rows left out because a number of theirs was NaN or infinite.
     """
 
     attention: tuple[Score | None, ...]
@@ -51,6 +53,7 @@ class UnitScores:
     rows: int = 0
     tokens: int = 0
     ignored_rows: int = 0
+    skipped_rows: int = 0
 
     def of(self, kind: Kind) -> tuple[Score | None, ...]:
         """Scores of one kind of unit."""
@@ -66,6 +69,7 @@ class UnitScores:
             "rows": self.rows,
             "tokens": self.tokens,
             "ignored_rows": self.ignored_rows,
+            "skipped_rows": self.skipped_rows,
         }
 
     @classmethod
@@ -79,6 +83,7 @@ class UnitScores:
             rows=saved["rows"],
             tokens=saved["tokens"],
             ignored_rows=saved["ignored_rows"],
+            skipped_rows=saved["skipped_rows"],
         )
 
 

@@ -82,7 +82,7 @@ def _scores_alone(work: Work[DropConfig], session: Session) -> Outcome:
     write_json(work.dir / "scores.json", scores_document(scores))
     details = {
         "metric": work.config.metric.type, "rows": scores.rows, "tokens": scores.tokens,
-        "ignored_rows": scores.ignored_rows, "scores_reused": session.cached,
+        "ignored_rows": scores.ignored_rows, "skipped_rows": scores.skipped_rows, "scores_reused": session.cached,
     }  # fmt: skip
     check = Check("units that have an importance", float(_count(scores)), 1.0, _count(scores) > 0)
     return Outcome("scores", "scores.json", importance_metrics(work.config, scores), (check,), details)

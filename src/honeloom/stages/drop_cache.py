@@ -20,7 +20,7 @@ from honeloom.stages.inputs import ResolvedInput
 __all__ = ["ScoreCache", "cache_folder", "read_scores", "score_key"]
 
 SCHEMA = "honeloom.importances/1"
-_DECIDES = ("limit", "split", "strict", "max_bad", "seed", "samples", "max_length", "dtype", "device", "attn")
+_DECIDES = ("limit", "split", "strict", "max_bad", "seed", "samples", "max_length", "dtype", "device", "attn", "on_nan")
 """Settings that decide which token ids are read, and in what number type."""
 
 

@@ -100,7 +100,14 @@ class Session:
         config, size = self.work.config, self.work.config.batch_size
         starts = self.work.log.track(range(0, len(self.encoded), size), label, -(-len(self.encoded) // size))
         batches = (self.encoded[start : start + size] for start in starts)
-        return score_units(self.model, where, batches, [config.metric], consecutive=windows)[config.metric.type]
+        found = score_units(
+            self.model, where, batches, [config.metric], consecutive=windows, skip_not_finite=config.on_nan == "skip"
+        )[config.metric.type]
+        if found.skipped_rows:
+            self.work.log.warn(
+                f"{found.skipped_rows} calibration rows gave NaN or infinite numbers and are left out of the scores"
+            )
+        return found
 
     def without(self, drops: Drops) -> Any:
         """A context within which the model lacks some units."""

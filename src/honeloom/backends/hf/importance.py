@@ -39,6 +39,7 @@ def score_units(
     metrics: Sequence[DropMetricConfig],
     *,
     consecutive: Sequence[int] = (),
+    skip_not_finite: bool = False,
 ) -> dict[str, UnitScores]:
     """Score every attention, MLP and block of a model.
 
@@ -58,6 +59,8 @@ def score_units(
         Each of another type.
     consecutive : sequence of int
         Numbers n of blocks; windows of n blocks are scored as well.
+    skip_not_finite : bool
+        Whether rows with NaN or infinite numbers are left out and counted, instead of an error.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def score_units(
         where = locate(model, where)
     _require(metrics, consecutive, where.count)
     windows = sorted(set(consecutive))
-    tallies = {m.type: Tally(m, where, windows) for m in metrics if m.reads != "places"}
+    tallies = {m.type: Tally(m, where, windows, skip=skip_not_finite) for m in metrics if m.reads != "places"}
     passes = _passes(model, where, list(tallies.values()))
     ignored = 0
     with evaluating(model):

@@ -78,11 +78,14 @@ def units_of(config: DropMetricConfig, where: Sublayers, consecutive: Sequence[i
 class Tally:
     """Sums of one metric over rows, for every unit that it scores."""
 
-    def __init__(self, config: DropMetricConfig, where: Sublayers, consecutive: Sequence[int]) -> None:
+    def __init__(
+        self, config: DropMetricConfig, where: Sublayers, consecutive: Sequence[int], *, skip: bool = False
+    ) -> None:
         self.config, self.where, self.consecutive = config, where, tuple(consecutive)
         self.units = units_of(config, where, consecutive)
         self.means = RunningMeans(len(self.units))
-        self.ignored = 0
+        self.ignored = self.skipped = 0
+        self.skip = skip
 
     def add(self, sums: Mapping[Unit, torch.Tensor], counts_B: torch.Tensor, number: int, dtype: torch.dtype) -> None:
         """Add a batch: of every unit the sum over the tokens of each row, (B,), and how many tokens those are.
@@ -90,14 +93,19 @@ class Tally:
         Raises
         ------
         NotFiniteError
-            A sum is NaN or infinite; the first unit in the order of computation is named.
+            A sum is NaN or infinite; the first unit in the order of computation is named. With `skip` such a row
+            counts for no unit instead: attention has carried what is not finite to all of its later tokens.
         """
         values = torch.stack([sums[unit].double() for unit in self.units]).cpu().numpy()
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            raise _not_finite(self.config, self.units[int(finite.argmin())], number, dtype)
         counts = counts_B.double().cpu().numpy()
         self.ignored += int((counts == 0).sum())
+        finite = np.isfinite(values)
+        if not finite.all():
+            if not self.skip:
+                raise _not_finite(self.config, self.units[int(finite.all(axis=1).argmin())], number, dtype)
+            odd = ~finite.all(axis=0)
+            self.skipped += int(odd.sum())
+            values[:, odd], counts[odd] = 0.0, 0.0
         self.means.add(values, np.broadcast_to(counts, values.shape))
 
     def result(self) -> UnitScores:
@@ -106,6 +114,7 @@ class Tally:
             what = {"losses": "scored token", "gradients": "scored token"}.get(self.config.reads, "token")
             raise RowsError(
                 f"metric {self.config.type}: no {what} is left in the calibration rows"
+                + (f", of which {self.skipped} gave NaN or infinite numbers" if self.skipped else "")
                 + ("; rows need an answer, or text" if what == "scored token" else "; give longer rows")
             )
         means = self.means.means
@@ -113,6 +122,7 @@ class Tally:
         return scores_by_kind(
             self.config, self.where, self.consecutive, found,
             rows=int(self.means.rows[0]), tokens=int(self.means.tokens[0]), ignored_rows=self.ignored,
+            skipped_rows=self.skipped,
         )  # fmt: skip
 
 
@@ -141,7 +151,7 @@ def _not_finite(config: DropMetricConfig, unit: Unit, number: int, dtype: torch.
     )
     return NotFiniteError(
         f"metric {config.type}: {unit.kind} of layer {unit.layer} is the first whose numbers are NaN or infinite, in "
-        f"batch {number} ({name}); {hint}"
+        f"batch {number} ({name}); {hint}, or leave such rows out with --on-nan skip"
     )
 
 
