@@ -25,7 +25,7 @@ test: setup
 	@$(BIN)/python -m pytest -n 2 -m "not slow and not browser and not flower and not llama_cpp and not gpu" $(ARGS)
 
 test-all: setup
-	@$(BIN)/python -m pytest -n 2 -m "not gpu and not llama_cpp" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
 
 check: setup
 	@$(BIN)/ruff check .

@@ -44,6 +44,20 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp() -> str:
+    """A Python that has llama.cpp, or skip; that there is none fails where everything is required."""
+    from honeloom.backends.llama_cpp import llama_python
+    from honeloom.errors import MissingExtraError
+
+    try:
+        return llama_python()
+    except MissingExtraError as error:
+        if os.environ.get("HONELOOM_REQUIRE_ALL") == "1":
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def stories260k(shared_data: Path) -> Path:
     """The folder of a real Llama with 260 thousand parameters."""
     return shared_data / "models" / "stories260k"

@@ -120,7 +120,8 @@ def write_page(file: Path, parts: Mapping[str, Any], *, calibration: int, contex
                       "from what 6 halves have", told, not worse))  # fmt: skip
     best = min(parts["healing"].items(), key=lambda item: item[1]["loss"])
     rise = best[1]["loss"] / whole - 1
-    what = f"six of twelve attentions dropped, healed with {best[1]['tokens']:,} tokens: at most {GOAL:.0%} above the source"
+    tokens = f"{best[1]['tokens']:,}"
+    what = f"six of twelve attentions dropped, healed with {tokens} tokens: at most {GOAL:.0%} above the source"
     goals.append((what, f"{rise:+.2%} ({best[0]})", rise <= GOAL))
     lines = [[name, told, "yes" if met else "no"] for name, told, met in goals]
     missed = [f"- {name}: {told}." for name, told, met in goals if not met]

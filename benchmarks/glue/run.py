@@ -8,5 +8,5 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-for script in ("zoo_arms.py", "overhead.py"):
+for script in ("zoo_arms.py", "overhead.py", "llama_cpp.py"):
     subprocess.run([sys.executable, str(HERE / script), *sys.argv[1:]], check=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         convert,
         drop,
         evaluate,
+        export,
         extract_lora,
         federate,
         glue,
@@ -27,23 +28,25 @@ if TYPE_CHECKING:
         tune,
     )
     from honeloom.stages.records import verify
+    from honeloom.stages.serve_check import serve_check
     from honeloom.types.report import Report
 
 __version__ = "0.1.0"
 
 _FUNCTIONS = (
-    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue", "load_model", "merge", "mix",
-    "plan", "run", "select", "tune",
+    "aggregate", "convert", "drop", "evaluate", "export", "extract_lora", "federate", "glue", "load_model", "merge",
+    "mix", "plan", "run", "select", "tune",
 )  # fmt: skip
 _TARGETS = {
     **dict.fromkeys(_FUNCTIONS, "honeloom.api"),
+    "serve_check": "honeloom.stages.serve_check",
     "verify": "honeloom.stages.records",
     "Report": "honeloom.types.report",
 }
 
 __all__ = [
-    "Report", "__version__", "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue",
-    "load_model", "merge", "mix", "plan", "run", "select", "tune", "verify",
+    "Report", "__version__", "aggregate", "convert", "drop", "evaluate", "export", "extract_lora",
+    "federate", "glue", "load_model", "merge", "mix", "plan", "run", "select", "serve_check", "tune", "verify",
 ]  # fmt: skip
 
 

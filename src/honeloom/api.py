@@ -36,8 +36,8 @@ from honeloom.verbs import VERBS
 from honeloom.zoo.reading import read_zoo
 
 __all__ = [
-    "aggregate", "convert", "drop", "evaluate", "extract_lora", "federate", "glue", "load_model", "merge", "mix",
-    "plan", "run", "select", "tune",
+    "aggregate", "convert", "drop", "evaluate", "export", "extract_lora", "federate", "glue", "load_model", "merge",
+    "mix", "plan", "run", "select", "tune",
 ]  # fmt: skip
 
 PathLike = str | Path
@@ -300,6 +300,27 @@ def drop(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
         `push_to_hub` and `console`.
     """
     return _run_verb("drop", output_dir, {"model": str(model), **options})
+
+
+def export(model: PathLike, output_dir: PathLike, **options: Any) -> Report:
+    """Write a model as one file for a runtime that reads no model folder: GGUF, for llama.cpp.
+
+    Parameters
+    ----------
+    model : path, hub id or `lab:base`
+        A whole model, dropped ones and standard mixtures of experts included.
+    output_dir : path
+        Where `model.gguf` goes.
+    **options
+        Settings of `honeloom.checkpoint.export_config.ExportConfig` (quant, ...), and `overwrite`, `resume`, `set`,
+        `push_to_hub` and `console`.
+
+    Raises
+    ------
+    InputError, NotFiniteError
+        An adapter, a family that is not written, no package `gguf`; or numbers beyond float16.
+    """
+    return _run_verb("export", output_dir, {"model": str(model), **options})
 
 
 def evaluate(model: PathLike, *, output_dir: PathLike | None = None, **options: Any) -> Report:

@@ -52,6 +52,7 @@ _ALL = (
     Verb("extract-lora", "honeloom.merging.extract_config:ExtractConfig", "honeloom.stages.extract_lora:execute"),
     Verb("convert", "honeloom.checkpoint.convert_config:ConvertConfig", "honeloom.stages.convert:execute"),
     Verb("drop", "honeloom.dropping.config:DropConfig", "honeloom.stages.drop:execute", version=2, family="dropping"),
+    Verb("export", "honeloom.checkpoint.export_config:ExportConfig", "honeloom.stages.export:execute"),
     Verb("evaluate", "honeloom.evaluation.config:EvaluateConfig", "honeloom.stages.evaluate:execute"),
 )
 

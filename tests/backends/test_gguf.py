@@ -1,19 +1,13 @@
 """GGUF files: what is written, what it computes by llama.cpp's rules, and what llama.cpp itself computes."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import gguf
 import pytest
 import torch
 from dropped_models import export, gap, ids_of, make_model, without
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from honeloom.backends.gguf import GgufModel
+from honeloom.backends.gguf_model import GgufModel
+from honeloom.backends.llama_cpp import ask_llama_cpp
 from honeloom.checkpoint.folders import copy_tokenizer
 from honeloom.errors import CheckpointError
 
@@ -92,41 +86,17 @@ def test_a_width_of_zero_would_lose_the_attention_and_no_heads_would_not_load(tm
         GgufModel(path)
 
 
-def llama_python() -> str:
-    """A Python that has llama-cpp-python: this one, or HONELOOM_LLAMA_PYTHON; else skip."""
-    given = os.environ.get("HONELOOM_LLAMA_PYTHON")
-    if given:
-        return given
-    if importlib.util.find_spec("llama_cpp"):
-        return sys.executable
-    message = "no llama.cpp: install llama-cpp-python somewhere and set HONELOOM_LLAMA_PYTHON to that Python"
-    if os.environ.get("HONELOOM_REQUIRE_ALL") == "1":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-def ask_llama_cpp(folder: Path, ids, texts=()) -> dict:
-    """Logits of llama.cpp for one row, and how it cuts texts."""
-    request, answer = folder / "request.json", folder / "answer.json"
-    request.write_text(json.dumps({"ids": ids[0].tolist(), "texts": list(texts)}))
-    script = Path(__file__).with_name("llama_cpp_logits.py")
-    files = [str(folder / "model.gguf"), str(request), str(answer)]
-    done = subprocess.run([llama_python(), str(script), *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(answer.read_text())
-
-
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_silenced_source(case, tmp_path):
+def test_llama_cpp_computes_the_silenced_source(case, tmp_path, llama_cpp):
     """Its keys and values are fp16, hence the tolerance; the last token alone takes another path."""
     silent, _ = make(case, tmp_path)
     ids = ids_of(40)
-    found = ask_llama_cpp(tmp_path / "out", ids)
+    found = ask_llama_cpp(tmp_path / "out" / "model.gguf", rows=ids.tolist(), last=ids.tolist())
     with torch.inference_mode():
         expected = silent(ids).logits[0]
-    assert gap(torch.tensor(found["all"]), expected) < 2e-2
-    assert gap(torch.tensor(found["last"]), expected[-1]) < 2e-2
+    assert gap(torch.tensor(found.rows[0]), expected) < 2e-2
+    assert gap(torch.tensor(found.last[0]), expected[-1]) < 2e-2
 
 
 TEXTS = (
@@ -137,7 +107,7 @@ TEXTS = (
 
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", ["base6m", "stories260k"])
-def test_llama_cpp_cuts_text_as_the_tokenizer_does(name, shared_data, tmp_path):
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(name, shared_data, tmp_path, llama_cpp):
     """base6m: bytes and single digits; stories260k: sentencepiece with bytes for what it does not know."""
     source = shared_data / "models" / name
     stock = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -146,8 +116,8 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(name, shared_data, tmp_path):
     export(tmp_path / "fp32", tmp_path, "gguf", attention=[1])
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
-    found = ask_llama_cpp(tmp_path, ids, TEXTS)
-    assert found["tokens"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    found = ask_llama_cpp(tmp_path / "model.gguf", rows=ids.tolist(), texts=TEXTS)
+    assert found.tokens == [tokenizer(text)["input_ids"] for text in TEXTS]
     model = without(stock, [1])
     with torch.inference_mode():
-        assert gap(torch.tensor(found["all"]), model(ids).logits[0]) < 2e-2
+        assert gap(torch.tensor(found.rows[0]), model(ids).logits[0]) < 2e-2

@@ -16,6 +16,7 @@ from honeloom.cli.demo import demo
 from honeloom.cli.doctor import doctor
 from honeloom.cli.drop import drop
 from honeloom.cli.evaluate import evaluate
+from honeloom.cli.export import export
 from honeloom.cli.extract_lora import extract_lora
 from honeloom.cli.federate import federate
 from honeloom.cli.glue import glue
@@ -29,6 +30,7 @@ from honeloom.cli.report import report
 from honeloom.cli.rows import rows
 from honeloom.cli.run import run
 from honeloom.cli.select import select
+from honeloom.cli.serve_check import serve_check
 from honeloom.cli.tune import tune
 from honeloom.cli.typer_fixes import mend_typer
 from honeloom.cli.verify import verify
@@ -49,8 +51,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 _COMMANDS = (
-    demo, init, run, select, tune, aggregate, federate, merge, mix, glue, extract_lora, convert, drop, evaluate, verify,
-    report, lineage, methods, doctor,
+    demo, init, run, select, tune, aggregate, federate, merge, mix, glue, extract_lora, convert, drop, export,
+    serve_check, evaluate, verify, report, lineage, methods, doctor,
 )  # fmt: skip
 for command in _COMMANDS:
     app.command(help=help_of(command), short_help=summary_of(command))(command)

@@ -109,7 +109,7 @@ class _Search:
 
     def limit(self) -> float:
         """The most that the loss may be."""
-        assert self.rise is not None
+        assert self.rise is not None  # asked for where there is a budget on the loss
         whole = self.ports.loss(())
         return whole + self.rise.limit(whole)
 

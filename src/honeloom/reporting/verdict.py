@@ -295,6 +295,18 @@ def _convert(report: Report, inputs: Inputs) -> Verdict:
     return Verdict(f"{plural(d['tensors'], 'tensor')} went from pickles into safetensors, bit by bit.", None, facts)
 
 
+def _export(report: Report, inputs: Inputs) -> Verdict:
+    d = report.details
+    written = "with its vocabulary" if d["vocabulary"] != "no_vocab" else "without a vocabulary: it takes token ids"
+    facts = (
+        ("architecture", clip(d["architecture"])),
+        ("written", size(d["bytes"])),
+        ("same next token", f"{d['logits']['agreement']:.1%} of {d['logits']['tokens']} tokens"),
+    )
+    sentence = f"{_name(inputs, 'model', 'The model')} is one {d['quant']} file for llama.cpp, {written}."
+    return Verdict(sentence, Figure("distance from the source", number(d["logits"]["kl"]), "nats"), facts)
+
+
 def _layers(which: Sequence[int]) -> str:
     if len(which) > 6:
         return f"{len(which)} layers"
@@ -317,6 +329,7 @@ _TELLERS: dict[str, Callable[[Report, Inputs], Verdict]] = {
     "drop": _drop,
     "extract-lora": _extract,
     "convert": _convert,
+    "export": _export,
     "federate": _federate,
     "aggregate": _aggregate,
     "evaluate": _evaluate,

@@ -70,7 +70,7 @@ def _ports(config: DropConfig, source: DropSource, scores: UnitScores | None) ->
         units, before = load_target("honeloom.stages.drop_costs:unit_costs")(source.folder)
 
     def known(drops: Drops) -> UnitScores:
-        assert scores is not None and not drops
+        assert scores is not None and not drops  # a one-shot choice asks for the whole model's
         return scores
 
     return Ports(known, lambda drops: 0.0, units, before)

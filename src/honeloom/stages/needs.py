@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from honeloom.checkpoint.export_config import ExportConfig
 from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
 from honeloom.config.load import parse_scalar
@@ -29,6 +30,7 @@ from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.drop_notes import drop_notes
+from honeloom.stages.export_source import export_needs, export_notes
 from honeloom.stages.glue_plan import glue_notes
 from honeloom.stages.merge_plan import merge_notes
 from honeloom.stages.mix_plan import mix_notes
@@ -87,6 +89,8 @@ def describe_needs(job: Job) -> Needs | None:
         From `prepare`. Of a hub model that is not in the cache only config.json is fetched.
     """
     config = job.config
+    if isinstance(config, ExportConfig):
+        return export_needs(config, job.inputs)
     if job.verb.name not in ("tune", "evaluate", "select", "drop", "federate") or "model" not in job.inputs:
         return None
     try:
@@ -236,6 +240,8 @@ def _notes(job: Job) -> tuple[str, ...]:
         return tuple(mix_notes(config, job.inputs))
     if isinstance(config, GlueConfig):
         return glue_notes(config, job.inputs)
+    if isinstance(config, ExportConfig):
+        return export_notes(config, job.inputs)
     if isinstance(config, DropConfig):
         return drop_notes(config, job.inputs)
     if not isinstance(config, FederateConfig):

@@ -85,7 +85,7 @@ def _files(out: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Path | by
     """The model's files as paths, the records and a fitting manifest as content."""
     places = _places(out)
     listed = {}
-    for name in (n for n in model_files(out) if n in manifest["files"]):
+    for name in (n for n in (*model_files(out), "model.gguf") if n in manifest["files"]):
         listed[name] = manifest["files"][name]
         yield name, out / name
     for name in (n for n in RECORDS if n in manifest["files"]):

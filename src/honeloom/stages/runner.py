@@ -236,7 +236,7 @@ def space_needed(job: Job) -> int:
     A tuning writes its result and keeps checkpoints, each with the trained weights and the
     moments of its optimizer. Everything else grows with the rows.
     """
-    if job.verb.name in ("merge", "mix", "glue", "drop", "aggregate"):
+    if job.verb.name in ("merge", "mix", "glue", "drop", "aggregate", "export"):
         return 0
     rows = sum(i.size for i in job.inputs.values() if i.kind == "rows")
     if job.verb.name != "tune":

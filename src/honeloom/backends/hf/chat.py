@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from types import FrameType
@@ -28,7 +28,7 @@ from honeloom.errors import TemplateError
 from honeloom.system import address_space_limit
 from honeloom.types.rows import Row, Turn
 
-__all__ = ["Encoded", "Encoder", "UnrenderableRow"]
+__all__ = ["Encoded", "Encoder", "UnrenderableRow", "bounded_rendering"]
 
 RENDER_SECONDS = 5.0
 RENDER_BYTES = 1 << 30
@@ -282,6 +282,11 @@ class Encoder:
                 "set eos_token in tokenizer_config.json, or give it a chat template for conversations"
             )
         return [] if token is None else [int(token)]
+
+
+def bounded_rendering() -> AbstractContextManager[None]:
+    """Bounds of time and memory for one rendering of a template elsewhere; TemplateError where it takes longer."""
+    return _limits(RENDER_SECONDS, RENDER_BYTES)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["finite_logits", "largest_gap", "logits_gap", "packing_leak", "probe_ids", "row_logits"]
+__all__ = [
+    "divergence", "finite_logits", "largest_gap", "logits_gap", "packing_leak", "probe_ids", "row_logits", "spread",
+]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -61,3 +63,18 @@ def probe_ids(tokenizer: Any, config: Any, seed: int, texts: Sequence[str] = ())
     generator = torch.Generator().manual_seed(seed)
     size = config.get_text_config().vocab_size
     return torch.randint(0, size, (2, 32), generator=generator).tolist()
+
+
+def divergence(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """Mean KL divergence of the next token in nats, from the first logits to the second; infinity if any is NaN."""
+    values = []
+    for one, other in zip(expected, found, strict=True):
+        log_p, log_q = one.double().log_softmax(dim=-1), other.double().log_softmax(dim=-1)
+        values.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    mean = float(torch.cat(values).mean())
+    return mean if mean == mean else float("inf")
+
+
+def spread(logits: Sequence[torch.Tensor]) -> float:
+    """Standard deviation of logits over all positions and tokens."""
+    return float(torch.cat([part.flatten() for part in logits]).std())

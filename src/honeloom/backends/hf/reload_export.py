@@ -39,7 +39,7 @@ def save_export(folder: Path, checkpoint: Checkpoint, plan: ExportPlan) -> int:
     if plan.profile == "gguf":
         from honeloom.backends.gguf import write_gguf  # the package is an extra
 
-        return write_gguf(folder / GGUF_NAME, checkpoint, plan)
+        return write_gguf(folder / GGUF_NAME, checkpoint, plan.keys, plan.tensors)
     return write_export(folder, checkpoint, plan)
 
 
@@ -55,7 +55,7 @@ def reload_export(folder: Path, profile: str, *, loading: Loading | None = None)
         What was written cannot be read.
     """
     if profile == "gguf":
-        from honeloom.backends.gguf import GgufModel  # the package is an extra
+        from honeloom.backends.gguf_model import GgufModel  # the package is an extra
 
         return GgufModel(folder / GGUF_NAME)
     return _decilm(folder) if profile == "decilm" else load_model(folder, loading=loading)

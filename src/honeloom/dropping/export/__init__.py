@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.dropping.export import decilm, dropped, gguf, native, zero
 from honeloom.dropping.export.halves import DROPPED, Located, Source, stock_config
-from honeloom.dropping.export.plan import ExportPlan, ExportTensor
+from honeloom.dropping.export.plan import ExportPlan
 from honeloom.dropping.export.writing import export_bytes, write_export
 from honeloom.types.plans import DropPlan
 
@@ -18,7 +18,6 @@ __all__ = [
     "DROPPED",
     "PROFILES",
     "ExportPlan",
-    "ExportTensor",
     "Source",
     "export_bytes",
     "export_plan",

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from honeloom.checkpoint.decoder_shape import DecoderShape, decoder_shape
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.dropping.export.halves import Source
-from honeloom.dropping.export.llama_like import LlamaShape, llama_shape
 from honeloom.dropping.export.native import blocks_of, place_halves
 from honeloom.dropping.export.plan import ExportPlan
 from honeloom.dropping.normalise import Block
@@ -15,6 +16,7 @@ from honeloom.errors import ConfigError
 
 __all__ = ["CODE_FILE", "export", "ffn_mult", "ffn_width"]
 
+FAMILIES = ("llama", "mistral", "qwen2")
 CODE_FILE = "configuration_nemotron_nas.py"
 _KEPT = (
     "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "hidden_act", "initializer_range",
@@ -55,7 +57,12 @@ def export(source: Source) -> ExportPlan:
     ConfigError
         The family or a size has no place in the format, or the first block would have no attention.
     """
-    shape = llama_shape(source, "decilm")
+    shape = decoder_shape(
+        source.config,
+        [ExportTensor.copied(source.checkpoint, name) for name in source.names()],
+        FAMILIES,
+        lambda reason: ConfigError(f"profile decilm: {reason}; --profile dropped and --profile zero take this model"),
+    )
     blocks = blocks_of(source)
     if blocks[0][0] is None:
         raise ConfigError(
@@ -82,7 +89,7 @@ def export(source: Source) -> ExportPlan:
     )
 
 
-def _config(config: Mapping[str, Any], shape: LlamaShape, blocks: tuple[Block, ...]) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], shape: DecoderShape, blocks: tuple[Block, ...]) -> dict[str, Any]:
     return {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_nemotron_nas.DeciLMConfig"},
@@ -103,7 +110,7 @@ def _config(config: Mapping[str, Any], shape: LlamaShape, blocks: tuple[Block, .
     }
 
 
-def _bias_keys(shape: LlamaShape) -> dict[str, bool]:
+def _bias_keys(shape: DecoderShape) -> dict[str, bool]:
     attention = {f"self_attn.{n}_proj" for n in "qkvo"} & shape.biases
     if not attention:
         return {"attention_bias": False}
@@ -114,7 +121,7 @@ def _bias_keys(shape: LlamaShape) -> dict[str, bool]:
     raise ConfigError(f"profile decilm: biases of {', '.join(sorted(attention))} alone cannot be written")
 
 
-def _block(shape: LlamaShape, block: Block) -> dict[str, Any]:
+def _block(shape: DecoderShape, block: Block) -> dict[str, Any]:
     attention, mlp = block
     return {
         "attention": {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any, get_args
 
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.dropping.export.halves import DROPPED, Half, Source
 from honeloom.dropping.export.native import blocks_of
-from honeloom.dropping.export.plan import ExportPlan, ExportTensor
+from honeloom.dropping.export.plan import ExportPlan
 from honeloom.errors import CheckpointError
 
 __all__ = ["AUTO_MAP", "CODE_FILE", "export"]

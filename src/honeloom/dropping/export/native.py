@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.checkpoint.layer_fields import gather_layer_fields
 from honeloom.dropping.export.halves import Half, Source, present
-from honeloom.dropping.export.plan import ExportPlan, ExportTensor
+from honeloom.dropping.export.plan import ExportPlan
 from honeloom.dropping.normalise import Block, is_native, normalise
 from honeloom.errors import CheckpointError, ConfigError
 

@@ -7,46 +7,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-from honeloom.checkpoint.reader import Checkpoint
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.dropping.normalise import Block
 
-__all__ = ["ExportPlan", "ExportTensor", "Saving"]
+__all__ = ["ExportPlan", "Saving"]
 
 Saving = Literal["params", "kv", "flops"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExportTensor:
-    """A tensor to write.
-
-    Attributes
-    ----------
-    name : str
-        In the new file.
-    source : str or None
-        In the source's files; None for zeros.
-    shape : tuple of int
-        As the source has it.
-    dtype : str
-        As safetensors names it ("BF16").
-    heads : int
-        If above 0, rows are heads whose two rotary halves are interleaved, as llama.cpp wants queries and keys.
-    values : tuple of float, optional
-        The content itself, of a tensor that no file holds.
-    """
-
-    name: str
-    source: str | None
-    shape: tuple[int, ...]
-    dtype: str
-    heads: int = 0
-    values: tuple[float, ...] | None = None
-
-    @classmethod
-    def copied(cls, checkpoint: Checkpoint, source: str, name: str | None = None, *, heads: int = 0) -> ExportTensor:
-        """A tensor of the source, under a new name or its own."""
-        info = checkpoint.info(source)
-        return cls(name or source, source, info.shape, info.dtype, heads)
 
 
 @dataclass(frozen=True, slots=True)

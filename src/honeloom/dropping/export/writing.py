@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from honeloom.checkpoint.dtypes import torch_dtype
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.checkpoint.folders import copy_config, copy_tokenizer, read_config
 from honeloom.checkpoint.reader import Checkpoint
 from honeloom.checkpoint.writer import SHARD_BYTES, TensorStream, write_checkpoint
-from honeloom.dropping.export.plan import ExportPlan, ExportTensor
+from honeloom.dropping.export.plan import ExportPlan
 from honeloom.runs.atomic import require_space
 
-__all__ = ["export_bytes", "read_tensor", "write_export"]
+__all__ = ["export_bytes", "write_export"]
 
 CHUNK = 1 << 22
 
@@ -49,23 +50,6 @@ def write_export(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, *, shar
     for name, text in plan.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return size
-
-
-def read_tensor(checkpoint: Checkpoint, tensor: ExportTensor) -> torch.Tensor:
-    """The whole content of a tensor to write."""
-    dtype = torch_dtype(tensor.dtype)
-    if tensor.values is not None:
-        return torch.tensor(tensor.values, dtype=dtype)
-    if tensor.source is None:
-        return torch.zeros(tensor.shape, dtype=dtype)
-    found = checkpoint.read(tensor.source)
-    return interleave(found, tensor.heads) if tensor.heads else found
-
-
-def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head a0 a1 .. b0 b1 .. as a0 b0 a1 b1 ..: rotary pairs side by side; (N, ...) -> (N, ...)."""
-    half = rows.shape[0] // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _stream(checkpoint: Checkpoint, tensor: ExportTensor) -> TensorStream:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import get_args
 
 from honeloom.checkpoint.architectures import output_tensors, tensor_shapes
+from honeloom.checkpoint.export_tensor import ExportTensor
 from honeloom.dropping.export.halves import Half, Source
-from honeloom.dropping.export.plan import ExportPlan, ExportTensor
+from honeloom.dropping.export.plan import ExportPlan
 from honeloom.errors import CheckpointError
 
 __all__ = ["export"]

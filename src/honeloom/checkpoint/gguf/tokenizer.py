@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["tokenizer_keys"]
+__all__ = ["BYTE", "CONTROL", "CUTS", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "tokenizer_keys"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of tokens in GGUF."""
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUTS = {
+CUTS = {
     (_CASELESS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
     (_CASELESS + r"\p{N}" + _REST, False): "qwen2",
     ("bytes", False): "gpt-2",
@@ -89,9 +89,9 @@ def _keys(
             "tokenizer.ggml.add_space_prefix": space,
         }
         return keys, ()
-    pre = _CUTS.get((cut, bool(model.get("ignore_merges"))))
+    pre = CUTS.get((cut, bool(model.get("ignore_merges"))))
     if pre is None:
-        raise _Unsaid("its way to cut text before merging is not one of " + ", ".join(_CUTS.values()))
+        raise _Unsaid("its way to cut text before merging is not one of " + ", ".join(CUTS.values()))
     keys |= {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
