@@ -58,7 +58,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel):
     assert {n for n in names if not n.startswith(f"honeloom-{__version__}.dist-info/")} == wanted
     assert {
         "honeloom/py.typed", "honeloom/lab/base/model.safetensors", "honeloom/reporting/templates/report.html",
-        "honeloom/cli/demo.yaml", "honeloom/cli/recipe_template.yaml",
+        "honeloom/recipes/demo.yaml", "honeloom/cli/recipe_template.yaml",
     } <= names  # fmt: skip
     assert f"honeloom-{__version__}.dist-info/licenses/LICENSE" in names
 

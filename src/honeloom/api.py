@@ -345,6 +345,7 @@ def run(
     output_dir: PathLike,
     set: Sequence[str] = (),
     seed: int | None = None,
+    withdraw: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
     mode: Mode = "new",
@@ -362,6 +363,8 @@ def run(
         Overrides: "model=X" sets a variable, "pick.keep=5%" a stage's key.
     seed : int, optional
         Seed of the stages that name none; default: the recipe's.
+    withdraw : sequence of str
+        Ids of rows that no stage may read, beside those that the recipe withdraws.
     overwrite, resume : bool
         Whether `output_dir` may hold anything, or an earlier honeloom result.
     mode : {"new", "resume", "overwrite"}
@@ -369,9 +372,12 @@ def run(
     """
     path = Path(recipe)
     mode = _choose_mode(mode, overwrite, resume)
+    out = Path(output_dir)
+    own_lock = path.resolve() == locate(out) / "recipe.lock.yaml"  # it has been read, and is written again
     return run_recipe(
-        _read_recipe(path, set, seed), Path(output_dir), mode=mode, reads=[path], console=console or notebook_console()
-    )
+        _read_recipe(path, set, seed, withdraw), out, mode=mode, reads=[] if own_lock else [path],
+        console=console or notebook_console(),
+    )  # fmt: skip
 
 
 def plan(
@@ -387,7 +393,7 @@ def plan(
     Parameters
     ----------
     verb : str
-        A verb of `honeloom.verbs`, or "run" with `recipe` (and `set` and `seed`).
+        A verb of `honeloom.verbs`, or "run" with `recipe` (and `set`, `seed` and `withdraw`).
     output_dir : path, optional
         Where the result would go; tells what would be reused.
     calibrate : bool
@@ -399,7 +405,8 @@ def plan(
         As of the verb's function.
     """
     if verb == "run":
-        recipe = _read_recipe(Path(settings["recipe"]), settings.get("set", ()), settings.get("seed"))
+        given = (settings.get("set", ()), settings.get("seed"), settings.get("withdraw", ()))
+        recipe = _read_recipe(Path(settings["recipe"]), *given)
         return PlanList(plan_recipe(recipe, Path(output_dir or "run")))
     _take_mode(settings)
     repository = _take_repository(verb, settings)
@@ -486,8 +493,8 @@ def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:
     return settings
 
 
-def _read_recipe(path: Path, overrides: Sequence[str], seed: int | None) -> Recipe:
-    return load_recipe(path, [*overrides, *([f"seed={seed}"] if seed is not None else [])])
+def _read_recipe(path: Path, overrides: Sequence[str], seed: int | None, withdraw: Sequence[str] = ()) -> Recipe:
+    return load_recipe(path, [*overrides, *([f"seed={seed}"] if seed is not None else [])], withdraw)
 
 
 def _take_mode(options: dict[str, Any]) -> Mode:

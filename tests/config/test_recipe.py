@@ -12,6 +12,7 @@ import honeloom.cli
 from honeloom.config.base import collect_inputs, validate
 from honeloom.config.load import load_yaml
 from honeloom.config.recipe import load_recipe, recipe_schema, resolve_steps
+from honeloom.config.shipped import shipped_names, shipped_path
 from honeloom.dropping.config import DropConfig
 from honeloom.errors import ConfigError
 from honeloom.evaluation.config import EvaluateConfig
@@ -21,7 +22,10 @@ from honeloom.tuning.config import TuneConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLI = Path(honeloom.cli.__file__).parent
-SHIPPED = [*sorted((REPOSITORY / "examples").rglob("*.yaml")), CLI / "demo.yaml", CLI / "recipe_template.yaml"]
+SHIPPED = [
+    *sorted((REPOSITORY / "examples").rglob("*.yaml")), CLI / "recipe_template.yaml",
+    *(shipped_path(name) for name in shipped_names()),
+]  # fmt: skip
 
 GOOD = """version: 1
 seed: 7

@@ -8,7 +8,8 @@ import pytest
 from hostile_texts import HOSTILE, hostile_report
 from ruamel.yaml import YAML
 
-from honeloom.reporting.card import write_card
+from honeloom.reporting.card import Facts, write_card
+from honeloom.reporting.licences import licence_warnings
 from honeloom.reporting.page import environment, write_page
 from honeloom.reporting.panel import ROWS_SHOWN, by_name
 from honeloom.reporting.panels.kept_rows import kept_rows_panel
@@ -182,7 +183,7 @@ def test_card_escapes_markdown_and_names_only_hub_ids(tmp_path):
 
 def test_card_says_the_verdict_warnings_numbers_and_licence_in_order(tmp_path):
     _, body = card(tmp_path, [])
-    order = ["is better than", "## Warnings", "## Measured", "## Verified", "## Made from", "Licence"]
+    order = ["is better than", "## Warnings", "## Measured", "## Verified", "## Made from", "## Licences"]
     places = [body.index(part) for part in order]
     assert places == sorted(places)
     assert "4.000 → **3.000** nats/token" in body
@@ -201,3 +202,47 @@ def test_table_cells_of_the_card_stay_in_their_columns(tmp_path):
     table = [line for line in body.splitlines() if line.startswith("| loss |")]
     assert len(table) == len(HOSTILE) + 1
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in table)
+
+
+def test_the_card_tells_rows_licences_and_what_to_beware_of(tmp_path):
+    inputs = [
+        ResolvedInput("models.0.model", "model", "org/one", (), "a" * 64, 1, revision="r"),
+        ResolvedInput("models.1.model", "model", "/data/two", (), "b" * 64, 1),
+        ResolvedInput("rows.0", "rows", "/data/mine.jsonl", (), "c" * 64, 1),
+        ResolvedInput("rows.1", "rows", "/data/mine.jsonl", (), "c" * 64, 1),
+    ]
+    facts = {
+        "a" * 64: Facts(("apache-2.0",)),
+        "b" * 64: Facts(("cc-by-nc-4.0",)),
+        "c" * 64: Facts(("unknown",), rows=1200, files=2, withdrawn=3),
+    }
+    write_card(tmp_path, hostile_report(), inputs, "merge", facts=facts, parents=["org/zero"])
+    text = (tmp_path / "README.md").read_text()
+    front = YAML(typ="safe").load(text.split("---\n", 2)[1])
+    assert front["base_model"] == ["org/one", "org/zero"]
+    assert front["base_model_relation"] == "merge"
+    assert "license" not in front
+    assert "| rows.0, rows.1 | mine.jsonl | 1,200, less 3 withdrawn in 2 files | unknown |" in text
+    assert "- The licence of mine.jsonl is not known here" in text
+    assert "- Commercial use is not allowed (two: cc-by-nc-4.0)." in text
+    write_card(tmp_path, hostile_report(), inputs[:1], "merge", facts=facts)
+    assert YAML(typ="safe").load((tmp_path / "README.md").read_text().split("---\n", 2)[1])["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("licences", "said"),
+    [
+        (["apache-2.0", "mit"], []),
+        (["cc-by-nd-4.0"], ["Adapted versions may not be shared"]),
+        (["llama3.1"], ["Terms of its own"]),
+        (["gpl-3.0", "cc-by-nc-4.0"], ["Commercial use", "gpl-3.0 and cc-by-nc-4.0 ask for what excludes each other"]),
+        (["cc-by-sa-4.0", "gpl-3.0"], ["Several licences each ask for themselves: cc-by-sa-4.0, gpl-3.0"]),
+        (["gpl-2.0", "gpl-3.0"], []),
+        (["cc-by-nc-sa-4.0"], ["Commercial use"]),
+        (["unknown"], ["The licence of x is not known"]),
+    ],
+)
+def test_licences_that_restrict_or_exclude_each_other(licences, said):
+    found = licence_warnings({licence: ["x"] for licence in licences})
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))

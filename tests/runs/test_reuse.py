@@ -13,7 +13,7 @@ from honeloom.errors import CheckpointError, HoneloomError, OutOfSpaceError, Out
 from honeloom.planning.memory import read_decoder
 from honeloom.runs import atomic
 from honeloom.stages.inputs import adapter_base, resolve_model, resolve_rows
-from honeloom.stages.records import trace
+from honeloom.stages.lineage import trace
 from honeloom.stages.row_records import CALIBRATION_FILE, ROWS_FILE, find_row, write_table
 
 

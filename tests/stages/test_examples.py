@@ -6,6 +6,7 @@ import pytest
 
 import honeloom
 from honeloom.cli.main import _run
+from honeloom.config.shipped import shipped_path
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["tuned.max_steps=8", "shallow.samples=16"]
@@ -47,7 +48,7 @@ def test_real_example_learns_and_verifies(tmp_path, shared_data, capsys):
 def test_demo_improves_the_untaught_domains(tmp_path, capsys):
     out = tmp_path / "demo"
     assert _run(["demo", "--output-dir", str(out)]) == 0
-    report = honeloom.run(ROOT / "src" / "honeloom" / "cli" / "demo.yaml", output_dir=out)
+    report = honeloom.run(shipped_path("demo"), output_dir=out)
     assert report.reused
     before, after = (
         {m.domain: m.value for m in report.metrics if m.name == f"{stage}/loss"} for stage in ("before", "after")

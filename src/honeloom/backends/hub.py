@@ -43,11 +43,12 @@ MODEL_PATTERNS = [
     "*/merges.txt",
     "*/vocab.txt",
     "*.jinja",
+    "README.md",
 ]
 ROW_PATTERNS = [
     f"*{ending}{packed}" for ending in (".jsonl", ".json", ".csv", ".tsv") for packed in ("", ".gz", ".zst")
 ]
-ROW_PATTERNS += ["*.parquet", "*.arrow"]
+ROW_PATTERNS += ["*.parquet", "*.arrow", "README.md"]
 WAITS = (1.0, 2.0, 4.0)
 """Seconds before each further attempt."""
 ANSWER_SECONDS = 10.0

@@ -10,6 +10,7 @@ import typer
 import honeloom
 from honeloom.cli import options as o
 from honeloom.cli.shared import run_verb
+from honeloom.config.shipped import shipped_path
 from honeloom.errors import MissingExtraError
 from honeloom.registry import load_target
 
@@ -27,7 +28,7 @@ def demo(
     """
     if load_target("honeloom.runs.environment:installed_version")("peft") is None:
         raise MissingExtraError("the demo tunes, and peft is not installed: pip install 'honeloom[tune]'")
-    recipe = Path(__file__).parent / "demo.yaml"
+    recipe = shipped_path("demo")
 
     def call(output_dir: Path, **options: Any) -> Any:
         return honeloom.run(output_dir=output_dir, **options)

@@ -26,6 +26,7 @@ from honeloom.cli.lineage import lineage
 from honeloom.cli.merge import merge
 from honeloom.cli.methods import methods
 from honeloom.cli.mix import mix
+from honeloom.cli.recipes import recipes
 from honeloom.cli.report import report
 from honeloom.cli.rows import rows
 from honeloom.cli.run import run
@@ -57,6 +58,7 @@ _COMMANDS = (
 for command in _COMMANDS:
     app.command(help=help_of(command), short_help=summary_of(command))(command)
 app.add_typer(rows, name="rows")
+app.add_typer(recipes, name="recipes")
 
 
 def _print_version(value: bool) -> None:

@@ -11,9 +11,9 @@ from honeloom.registry import load_target
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that a honeloom command wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A result, or a folder that holds several.")],
 ) -> None:
-    """Write report.html again from report.json: one self-contained page (extra report).
+    """Write report.html again (extra report), or index.html of a folder of results.
 
     Example: honeloom report run1
     """

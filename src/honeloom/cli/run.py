@@ -25,6 +25,10 @@ def run(
             "--set", metavar="A.B=C", help="A variable (model=X) or a stage's key (pick.keep=5%); repeatable."
         ),
     ] = None,
+    withdraw: Annotated[
+        list[str] | None,
+        typer.Option("--withdraw", metavar="ID", help="A row that nothing may read; repeatable, beside the recipe's."),
+    ] = None,
     output_dir: o.OutputDir = None,
     overwrite: o.Overwrite = False,
     resume: o.Resume = False,
@@ -42,5 +46,5 @@ def run(
     def call(output_dir: Path, **options: Any) -> Any:
         return honeloom.run(output_dir=output_dir, **options)
 
-    run_verb("run", call, {"recipe": recipe, "set": set_ or [], "seed": seed}, out=folder, overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip
+    options = {"recipe": recipe, "set": set_ or [], "seed": seed, "withdraw": withdraw or []}
+    run_verb("run", call, options, out=folder, overwrite=overwrite, resume=resume, as_json=json, dry_run=dry_run)

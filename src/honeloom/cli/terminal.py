@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -92,6 +93,9 @@ class Terminal:
 
     def _show_run(self, report: Report) -> None:
         """Print the run's evaluations side by side and what was compared."""
+        if sweep := report.details.get("sweep"):
+            self._show_sweep(sweep)
+            return
         name, columns = evaluation_columns(report)
         if columns:
             domains = list(dict.fromkeys(d for values in columns.values() for d in values))
@@ -102,6 +106,30 @@ class Terminal:
             self.out.print(table)
         for sentence in report.details["comparisons"]:
             self.say(sentence)
+
+    def _show_points(self, plans: Sequence[StagePlan], count: int) -> None:
+        """Print a sweep's points, and which stages several of them share."""
+        runs = sum(len(p.points) for p in plans)
+        self.say(f"sweep of {count} points: {len(plans)} stages instead of {runs}")
+        for point in range(1, count + 1):
+            mine = [p for p in plans if point in p.points]
+            values = {key: value for p in mine for key, value in p.values.items()}
+            said = ", ".join(f"{key}={value}" for key, value in values.items())
+            self.say(f"  point {point}: {said}: {', '.join(p.stage for p in mine)}")
+        shared = [f"{p.stage} ({len(p.points)} points)" for p in plans if len(p.points) > 1]
+        self.say(f"  shared: {', '.join(shared) or 'none'}")
+
+    def _show_sweep(self, sweep: Mapping[str, Any]) -> None:
+        """Print the points of a sweep by their objectives."""
+        names = [o["name"] for o in sweep["objectives"]]
+        title = "points (* no other is as good in everything and better in something)"
+        table = Table("point", *sweep["keys"], *names, box=None, pad_edge=False, title=title, title_justify="left")
+        for point in sweep["points"]:
+            values = [str(point["values"][key]) for key in sweep["keys"]]
+            numbers = [point["objectives"][n]["value"] for n in names]
+            cells = [*values, *("" if v is None else _short(v) for v in numbers)]
+            table.add_row(f"{point['point']}{' *' if point['pareto'] else ''}", *map(Text, cells))
+        self.out.print(table)
 
     def _show_needs(self, stage: str, needs: Needs) -> None:
         """Print what a stage needs: memory by part, disk, time, other ways, the command."""
@@ -136,6 +164,8 @@ class Terminal:
                 )
             )
         self.out.print(table)
+        if count := max((n for p in plans for n in p.points), default=0):
+            self._show_points(plans, count)
         for plan in plans:
             if plan.needs is not None:
                 self._show_needs(plan.stage, plan.needs)

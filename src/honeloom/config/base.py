@@ -37,6 +37,7 @@ __all__ = [
     "Seed",
     "Split",
     "VerbConfig",
+    "Withdrawn",
     "collect_inputs",
     "validate",
 ]
@@ -60,7 +61,7 @@ class InputMark:
 
 @dataclass(frozen=True, slots=True)
 class NoResultMark:
-    """Marks a field that changes what a person sees on the way but not the result, so keys leave it out."""
+    """Marks a field that keys leave out: the result does not depend on it, or the fingerprints of inputs tell it."""
 
 
 def _as_text(value: Any) -> Any:
@@ -159,6 +160,14 @@ DEFAULT_MAX_TOKENS = 2048
 """Tokens per row where nobody asked for more: memory grows with them, whatever the model can take."""
 
 
+Withdrawn = Annotated[
+    str | tuple[str, ...],
+    NoResultMark(),
+    Field(description="Rows that are not read, by id: a list, or a file with an id per line."),
+]
+"""The ids that an input really holds are part of its fingerprint, so only stages that read such a row run again."""
+
+
 class RowsConfig(VerbConfig):
     """Settings shared by the verbs that read rows."""
 
@@ -170,6 +179,7 @@ class RowsConfig(VerbConfig):
     limit: int | None = Field(None, gt=0, description="Read only the first N rows.")
     strict: bool = Field(False, description="Stop at the first unusable row.")
     max_bad: float = Field(0.01, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
+    withdraw: Withdrawn = ()
 
 
 @dataclass(frozen=True, slots=True)

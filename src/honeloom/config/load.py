@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from honeloom.errors import ConfigError
 
-__all__ = ["apply_overrides", "dump_yaml", "load_documents", "load_yaml", "parse_scalar", "read_yaml"]
+__all__ = ["apply_overrides", "dump_yaml", "load_documents", "load_yaml", "parse_scalar", "read_yaml", "set_value"]
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
@@ -118,21 +118,28 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example --set method.type=length")
-        _assign(result, path.split("."), parse_scalar(text), override)
+        _assign(result, path.split("."), parse_scalar(text), f"--set {override!r}")
     return result
 
 
-def _assign(node: Any, parts: list[str], value: Any, override: str) -> None:
+def set_value(data: Mapping[str, Any], path: str, value: Any, what: str) -> dict[str, Any]:
+    """Return `data` with one value at "a.b" set; ConfigError, which begins with `what`, as of `apply_overrides`."""
+    result: dict[str, Any] = _copy(data)
+    _assign(result, path.split("."), value, what)
+    return result
+
+
+def _assign(node: Any, parts: list[str], value: Any, what: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"--set {override!r}: {part!r} is not an index below {len(node)}")
+                raise ConfigError(f"{what}: {part!r} is not an index below {len(node)}")
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
         else:
-            raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])!r} is {node!r} and has no parts")
+            raise ConfigError(f"{what}: {'.'.join(parts[:depth])!r} is {node!r} and has no parts")
         if last:
             node[index] = value
             return

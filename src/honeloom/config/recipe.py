@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from honeloom.config.base import Config, VerbConfig, validate
-from honeloom.config.load import apply_overrides, load_yaml
+from honeloom.config.base import Config, VerbConfig, Withdrawn, validate
+from honeloom.config.load import apply_overrides, load_yaml, parse_scalar
+from honeloom.config.sweep import Objective, Point, Variant, check_sweep, points_of, variants_of
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target, suggest
 from honeloom.system import unportable
@@ -29,10 +30,15 @@ class Recipe(Config):
     version: Literal[1]
     description: str = ""
     seed: int = Field(0, ge=0, description="Seed of every stage that names none.")
+    withdraw: Withdrawn = ()
     vars: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict, description="Values for $name.")
     stages: dict[str, dict[str, Any]] = Field(min_length=1, description="Stage name -> {verb: settings}, in order.")
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Variable or stage's key (pick.keep) -> values; all combinations are run."
+    )
+    objectives: tuple[Objective, ...] = Field((), description="What the points of the sweep are compared by.")
 
-    @field_validator("vars", mode="before")
+    @field_validator("vars", "sweep", mode="before")
     @classmethod
     def _none_left(cls, value: Any) -> Any:
         return {} if value is None else value  # "vars:" with every line below it commented out
@@ -66,14 +72,20 @@ class Recipe(Config):
         both = [name for name in self.stages if name in self.vars]
         if both:
             raise ValueError(f"{both[0]!r} is a variable and a stage, so ${both[0]} is ambiguous; rename one of them")
+        check_sweep(self.sweep, self.objectives, self.stages, self.vars)
         return self
+
+    def points(self) -> list[Point]:
+        """Of the sweep; none without one."""
+        return points_of(self.sweep, self.stages)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One stage, resolved: `folder` is its place in the run, `config` its typed settings.
 
-    `config` refers to earlier stages by the path they will have; `needs` names those stages.
+    `config` refers to earlier stages by the path they will have; `needs` names those stages. In a sweep `name` is that
+    of a variant, `stage` the recipe's, and `values` those of the sweep that reach it.
     """
 
     name: str
@@ -81,12 +93,23 @@ class Step:
     folder: Path
     config: VerbConfig
     needs: tuple[str, ...]
+    stage: str
+    values: Mapping[str, Any]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `--set`: "model=X" sets a variable, "pick.keep=5%" a stage's key."""
+def load_recipe(path: Path, overrides: Sequence[str] = (), withdraw: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `--set`: "model=X" sets a variable, "pick.keep=5%" a stage's key.
+
+    Ids of `withdraw` come to those that the recipe withdraws.
+    """
     data = load_yaml(path)
-    return validate(Recipe, apply_overrides(data, [_expand(o, data) for o in overrides]), what=f"recipe {path}")
+    swept = {k: v for o in overrides if o.startswith("sweep.") for k, _, v in [o.removeprefix("sweep.").partition("=")]}
+    given = apply_overrides(data, [_expand(o, data) for o in overrides if not o.startswith("sweep.")])
+    if swept:
+        given["sweep"] = {**(given.get("sweep") or {}), **{key: parse_scalar(text) for key, text in swept.items()}}
+    if withdraw:
+        given["withdraw"] = _together(tuple(withdraw), given.get("withdraw", ()), "")
+    return validate(Recipe, given, what=f"recipe {path}")
 
 
 def _expand(override: str, data: Mapping[str, Any]) -> str:
@@ -116,37 +139,61 @@ def resolve_steps(recipe: Recipe, run: Path) -> list[Step]:
     recipe : Recipe
         As loaded.
     run : Path
-        The run folder; stage n called x is `run/stages/<n>-<x>`.
+        The run folder; stage n called x is `run/stages/<n>-<x>`. In a sweep a stage that it reaches is there once
+        for every combination of values that reach it, as `<n>-<x>.<numbers of the values>`; see `variants_of`.
     """
     steps: list[Step] = []
-    for number, (name, body) in enumerate(recipe.stages.items(), 1):
-        verb, settings = next(iter(body.items()))
-        needs: list[str] = []
-        data = _substitute(settings or {}, recipe, {s.name: s for s in steps}, needs, f"stage {name!r}")
-        if not isinstance(data, dict):
-            raise ConfigError(f"stage {name!r}: the settings of {verb!r} must be a mapping, found {data!r}")
-        data.setdefault("seed", recipe.seed)
-        cls = load_target(VERBS[verb].config)
-        config = validate(cls, data, what=f"stage {name!r} ({verb})")
-        steps.append(Step(name, verb, run / "stages" / f"{number}-{name}", config, tuple(dict.fromkeys(needs))))
+    for number, name in enumerate(recipe.stages, 1):
+        known = {s.name: s for s in steps}
+        for variant in variants_of(name, recipe.sweep, recipe.stages, recipe.vars):
+            steps.append(_step(recipe, variant, name, known, run / "stages" / f"{number}-{variant.name}"))
     return steps
 
 
-def _substitute(value: Any, recipe: Recipe, earlier: Mapping[str, Step], needs: list[str], what: str) -> Any:
+def _step(recipe: Recipe, variant: Variant, stage: str, known: Mapping[str, Step], folder: Path) -> Step:
+    verb = next(iter(recipe.stages[stage]))
+    needs: list[str] = []
+    earlier = {name: known[called] for name, called in variant.stages.items() if called in known}
+    data = _substitute(variant.settings or {}, variant.names, earlier, needs, f"stage {variant.name!r}")
+    if not isinstance(data, dict):
+        raise ConfigError(f"stage {variant.name!r}: the settings of {verb!r} must be a mapping, found {data!r}")
+    cls = load_target(VERBS[verb].config)
+    data.setdefault("seed", recipe.seed if variant.seed is None else variant.seed)
+    if recipe.withdraw and "withdraw" in cls.model_fields:
+        data["withdraw"] = _together(recipe.withdraw, data.get("withdraw", ()), variant.name)
+    config = validate(cls, data, what=f"stage {variant.name!r} ({verb})")
+    return Step(variant.name, verb, folder, config, tuple(dict.fromkeys(needs)), stage, variant.values)
+
+
+def _together(whole: str | tuple[str, ...], own: Any, stage: str) -> Any:
+    """What the recipe and a stage withdraw, as one."""
+    if not own or own == whole:
+        return whole
+    if isinstance(whole, str) or isinstance(own, str):
+        where = (
+            f"stage {stage!r}: withdraw stands in the recipe and in the stage"
+            if stage
+            else (f"withdraw: the recipe names a file, {own!r}, so add the ids to it")
+        )
+        raise ConfigError(f"{where}; ids come together only as lists")
+    return [*dict.fromkeys([*whole, *own])]
+
+
+def _substitute(value: Any, names: Mapping[str, Any], earlier: Mapping[str, Step], needs: list[str], what: str) -> Any:
     if isinstance(value, dict):
-        return {k: _substitute(v, recipe, earlier, needs, what) for k, v in value.items()}
+        return {k: _substitute(v, names, earlier, needs, what) for k, v in value.items()}
     if isinstance(value, list):
-        items = [_substitute(v, recipe, earlier, needs, what) for v in value]
+        items = [_substitute(v, names, earlier, needs, what) for v in value]
         return [x for v, item in zip(value, items, strict=True) for x in (item if _spreads(v, item) else [item])]
     if not isinstance(value, str) or not value.startswith("$"):
         return value
     name = value[1:]
-    if name in recipe.vars:
-        return recipe.vars[name]
+    if name in names:
+        return names[name]
     if name in earlier:
-        needs.append(name)
+        needs.append(earlier[name].name)
         return str(earlier[name].folder)
-    known = [*recipe.vars, *earlier]
+    known = [*names, *earlier]
     raise ConfigError(
         f"{what}: {value!r} is no variable or earlier stage{suggest(name, known)} (known: {', '.join(known) or 'none'})"
     )

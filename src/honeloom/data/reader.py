@@ -45,8 +45,10 @@ def read_numbered(files: Sequence[RowFile], *, limit: int | None = None) -> Iter
 
 
 def read_file(file: RowFile, wanted: Lines | None = None) -> Iterator[Row | Rejected]:
-    """Stream the rows of one file, or those at the wanted (ascending) lines."""
-    return (_row(file, record) for record in raw_records(file, wanted))
+    """Stream the rows of one file, or those at the wanted (ascending) lines; withdrawn ones are passed over."""
+    rows = (_row(file, record) for record in raw_records(file, wanted))
+    gone = frozenset(file.without)
+    return (row for row in rows if row.id not in gone) if gone else rows
 
 
 def _row(file: RowFile, record: Record) -> Row | Rejected:

@@ -51,6 +51,8 @@ class RowFile:
         What the bytes are packed with.
     from_hub : bool
         Whether the file was fetched from a hub.
+    without : tuple of str
+        Ids of rows that are withdrawn: readers pass over them as if they were not there.
     """
 
     label: str
@@ -58,6 +60,7 @@ class RowFile:
     format: Format
     compression: Compression = ""
     from_hub: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def stem(self) -> str:

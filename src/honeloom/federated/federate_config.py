@@ -18,6 +18,7 @@ from honeloom.federated.federate_parts import (
     SuperlinkConfig,
 )
 from honeloom.federated.privacy import MODES, POOL_MODE, mode_of
+from honeloom.registry import suggest
 from honeloom.tuning.config import AdamWConfig, LocalOptimizer, MezoConfig, MezoTuningConfig, NumberOrAuto
 
 __all__ = ["FederateConfig"]
@@ -35,6 +36,9 @@ class FederateConfig(RowsConfig):
     clients: tuple[ClientConfig, ...] = Field((), description="Clients with rows of their own.")
     rows: RowsInput = Field((), description="Rows that `partition` splits among simulated clients.")
     partition: PartitionConfig | None = Field(None, description="How `rows` are split.")
+    without: tuple[str, ...] = Field(
+        (), description="Clients that are left out, by id; the others keep their rows and ranks."
+    )
     method: Literal["lora", "full"] = Field(
         "lora", description="What is trained: adapters, or, with mezo and uplink seed-pool, all weights."
     )
@@ -146,6 +150,10 @@ class FederateConfig(RowsConfig):
             raise ValueError(
                 f"clients: {strange[0]!r} is none of the partition's (client-0 to client-{len(known) - 1})"
             )
+        if lost := [i for i in self.without if i not in known]:
+            raise ValueError(f"without: {lost[0]!r} is no client{suggest(lost[0], known)}; take it out of the list")
+        if known <= set(self.without):
+            raise ValueError("without names every client, so none is left; name fewer")
         ranks = (self.ranks,) if isinstance(self.ranks, int) else self.ranks
         if any(r < 1 for r in ranks) or (not isinstance(self.ranks, int) and len(ranks) != len(known)):
             raise ValueError(f"ranks: one number, or one for each of the {len(known)} clients, each 1 or more")
@@ -162,6 +170,8 @@ class FederateConfig(RowsConfig):
 
     def _check_deployment(self) -> None:
         """Refuse rows, for they stay with the nodes."""
+        if self.withdraw:
+            raise ValueError("engine deployment: rows stay with the SuperNodes, so withdraw them there, in their files")
         if self.rows or any(client.rows for client in self.clients):
             raise ValueError(
                 "engine deployment: rows stay with the SuperNodes, so none stand here; each is started with "
@@ -358,7 +368,7 @@ class FederateConfig(RowsConfig):
         return self.start or ("reset" if self.aggregation.type == "flora" else "warm")
 
     def members(self) -> tuple[ClientConfig, ...]:
-        """All clients in their order, those of the partition included; each with the rank of round 1 settled."""
+        """Clients in their order, those of the partition included; each with the rank of round 1 settled."""
         given = {client.id: client for client in self.clients}
         names = [f"client-{k}" for k in range(self.partition.n)] if self.partition is not None else list(given)
         ranks = [self.ranks] * len(names) if isinstance(self.ranks, int) else list(self.ranks)
@@ -366,6 +376,7 @@ class FederateConfig(RowsConfig):
         return tuple(
             client if client.rank is not None else client.model_copy(update={"rank": rank})
             for client, rank in zip(found, ranks, strict=True)
+            if client.id not in self.without
         )
 
     def lr_in(self, number: int) -> float:

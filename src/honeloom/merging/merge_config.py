@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig
+from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig, Withdrawn
 from honeloom.config.methods import FamilyMethod, MethodConfig
 from honeloom.config.sizes import size_in_bytes
 from honeloom.merging.config import LinearConfig, MergeMethodConfig
@@ -120,6 +120,7 @@ class MergeConfig(VerbConfig):
         (), description="Fields of the configurations that may differ (rope_parameters, ...)."
     )
     allow_nan: bool = Field(False, description="Merge even if an input holds NaN or infinity.")
+    withdraw: Withdrawn = ()
     max_memory: Annotated[int | None, BeforeValidator(size_in_bytes), NoResultMark()] = Field(
         None, gt=0, description="Bytes of memory at most, for example 2GiB."
     )

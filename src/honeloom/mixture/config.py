@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
-from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig
+from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig, Withdrawn
 from honeloom.config.methods import FamilyMethod, MethodConfig
 from honeloom.config.sizes import size_in_bytes
 from honeloom.mixture.mergekit_moe import is_mergekit_moe, translate
@@ -85,6 +85,7 @@ class MixConfig(VerbConfig):
     source_format: Annotated[Literal["honeloom", "mergekit"], NoResultMark()] = Field(
         "honeloom", description="In whose words the file was written; only messages depend on it."
     )
+    withdraw: Withdrawn = ()
     max_memory: Annotated[int | None, BeforeValidator(size_in_bytes), NoResultMark()] = Field(
         None, gt=0, description="Bytes of memory at most, for example 2GiB."
     )

@@ -14,14 +14,15 @@ from markupsafe import Markup
 
 from honeloom import __version__
 from honeloom.reporting import text
+from honeloom.reporting.lineage_graph import lineage_graph
 from honeloom.reporting.panels import PANELS
 from honeloom.reporting.parts import overall_verdict, read_parts
 from honeloom.reporting.records import read_records
-from honeloom.reporting.run_panels import headline_panel
+from honeloom.reporting.run_panels import headline_panel, sweep_panel
 from honeloom.runs.atomic import write_bytes
 from honeloom.types.report import Report
 
-__all__ = ["environment", "write_page"]
+__all__ = ["environment", "policy", "style", "write_page"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -61,8 +62,8 @@ def write_page(folder: Path, report: Report) -> Path | None:
     }
     is_run = report.verb == "run"
     stages = [(p.title, p.report) for p in parts] if is_run else []
-    headline = headline_panel(stages)
-    charts = [panel for some in panels.values() for panel in some] + ([headline] if headline else [])
+    headline, sweep = headline_panel(stages, report), sweep_panel(report)
+    charts = [panel for some in panels.values() for panel in some] + [p for p in (headline, sweep) if p]
     library = library if any(p.figure for p in charts) else ""
     draw = (TEMPLATES / "draw.js").read_text(encoding="utf-8") if library else ""
     page = (
@@ -76,11 +77,13 @@ def write_page(folder: Path, report: Report) -> Path | None:
             panels=panels,
             is_run=is_run,
             headline=headline,
+            sweep=sweep,
+            graph=lineage_graph(folder, report),
             records=read_records(folder, report, stages),
-            style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+            style=style(),
             library=library,
             draw=draw,
-            policy=_policy(library, draw),
+            policy=policy(library, draw),
         )
     )
     path = folder / "report.html"
@@ -95,7 +98,12 @@ def _plotly() -> str | None:
     return (Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
-def _policy(*scripts: str) -> str:
+def style() -> str:
+    """The style sheet of every page."""
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+def policy(*scripts: str) -> str:
     """A content security policy that runs these scripts and nothing else, and loads nothing."""
     digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts if s]
     allowed = " ".join(f"'sha256-{d}'" for d in digests) or "'none'"

@@ -40,4 +40,4 @@ def read_parts(folder: Path, report: Report) -> list[Part]:
 
 def overall_verdict(report: Report, parts: Sequence[Part]) -> Verdict:
     """The verdict of the whole."""
-    return describe_run([(p.report, p.verdict) for p in parts]) if report.verb == "run" else parts[0].verdict
+    return describe_run([(p.report, p.verdict) for p in parts], report) if report.verb == "run" else parts[0].verdict

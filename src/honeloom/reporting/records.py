@@ -12,7 +12,7 @@ from honeloom.reporting.panel import Panel
 from honeloom.reporting.text import seconds, size
 from honeloom.types.report import Report
 
-__all__ = ["Inputs", "Records", "read_inputs", "read_records"]
+__all__ = ["Inputs", "Records", "input_label", "read_inputs", "read_records"]
 
 Inputs = Mapping[str, str]
 """What a stage reads: place in its settings -> short name."""
@@ -31,7 +31,7 @@ class Records:
 def read_inputs(folder: Path) -> Inputs:
     """Names of a stage's inputs from its `inputs.json`: a stage's name within a run, else the end of the path."""
     document = _json(folder / "inputs.json")
-    return {i["place"]: _label(i) for i in document.get("inputs", [])}
+    return {i["place"]: input_label(i) for i in document.get("inputs", [])}
 
 
 def read_records(folder: Path, report: Report, stages: Sequence[tuple[str, Report]] = ()) -> Records:
@@ -59,7 +59,8 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
-def _label(found: Mapping[str, Any]) -> str:
+def input_label(found: Mapping[str, Any]) -> str:
+    """What to call an entry of `inputs.json`: a stage's name within a run, else the end of the path."""
     name = Path(found["value"]).name or found["value"]
     return name.partition("-")[2] if found["relative"] else name if found["paths"] else found["value"]
 
@@ -92,7 +93,7 @@ def _origin(found: Mapping[str, Any], made: Mapping[str, str]) -> tuple[str, str
     stage = found["sha256"].removeprefix("stage:")
     if stage != found["sha256"]:
         return f"${stage}", made.get(stage, "")
-    return (f"${_label(found)}" if found["relative"] else str(found["value"])), found["sha256"]
+    return (f"${input_label(found)}" if found["relative"] else str(found["value"])), found["sha256"]
 
 
 def _cost(report: Report, stages: Sequence[tuple[str, Report]]) -> Panel:

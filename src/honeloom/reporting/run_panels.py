@@ -10,14 +10,20 @@ from honeloom.reporting.panels.metrics import GROUPS
 from honeloom.reporting.text import number
 from honeloom.types.report import Metric, Report
 
-__all__ = ["headline_panel"]
+__all__ = ["headline_panel", "sweep_panel"]
 
 Column = dict[str, Metric]
 
 
-def headline_panel(stages: Sequence[tuple[str, Report]]) -> Panel | None:
-    """The evaluations of a run side by side: one column per evaluate stage, one row per domain."""
+def headline_panel(stages: Sequence[tuple[str, Report]], run: Report) -> Panel | None:
+    """The evaluations of a run side by side: one column per evaluate stage, one row per domain.
+
+    Of a sweep, those that all points share and those of points that nothing beats, as far as there are colours.
+    """
     evaluations = [(name, r) for name, r in stages if r.verb == "evaluate" and r.metrics]
+    if sweep := run.details.get("sweep"):
+        best = {s for p in sweep["points"] if p["pareto"] for s in p["stages"].values()}
+        evaluations = [(name, r) for name, r in evaluations if name in best][: len(SERIES)]
     if not evaluations:
         return None
     main = evaluations[0][1].metrics[0]
@@ -90,3 +96,67 @@ def _alt(name: str, columns: dict[str, Column]) -> str:
     means = [f"{stage} {number(values['all'].value)}" for stage, values in columns.items() if "all" in values]
     over = f"; over all rows: {', '.join(means)}" if means else ""
     return f"Dot chart of {name} by domain for {', '.join(columns)}{over}"
+
+
+def sweep_panel(report: Report) -> Panel | None:
+    """The points of a sweep: values, objectives, and those that no other point beats; two objectives as a chart."""
+    sweep = report.details.get("sweep")
+    if not sweep:
+        return None
+    points, objectives = sweep["points"], sweep["objectives"]
+    names = [o["name"] for o in objectives]
+    rows = [
+        (
+            p["point"], *(_value(p["values"][key]) for key in sweep["keys"]),
+            *(c for n in names for c in _numbers(p["objectives"][n])), "✓" if p["pareto"] else "",
+        )
+        for p in points
+    ]  # fmt: skip
+    told = [f"{o['name']} ({o['unit']}, {o['better']} is better)".replace("(, ", "(") for o in objectives]
+    unbeaten = [p["point"] for p in points if p["pareto"]]
+    return Panel(
+        title="Points of the sweep",
+        columns=("point", *sweep["keys"], *(c for t in told for c in (t, "± stderr")), "unbeaten"),
+        rows=rows,
+        figure=_front(points, objectives) if len(objectives) > 1 else None,
+        note=f"Unbeaten: {_listed(unbeaten)}. A point is when no other is at least as good in every objective and "
+        "better in one.",
+        alt=f"{names[0]} against {names[1]} of {len(points)} points; unbeaten: {_listed(unbeaten)}"
+        if len(names) > 1 else "",
+        file="sweep.json",
+    )  # fmt: skip
+
+
+def _listed(points: Sequence[int]) -> str:
+    named = f"point{'s' * (len(points) > 1)} {', '.join(map(str, points))}"
+    return named if points else "no point"
+
+
+def _value(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else str(value)
+
+
+def _numbers(found: dict[str, Any]) -> tuple[Any, Any]:
+    return found["value"], found["stderr"]
+
+
+def _front(points: Sequence[dict[str, Any]], objectives: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """The first two objectives of every point."""
+    x, y = objectives[:2]
+    traces = []
+    for label, wanted in (("unbeaten", True), ("beaten", False)):
+        known = [p for p in points if all(p["objectives"][o["name"]]["value"] is not None for o in (x, y))]
+        here = [p for p in known if p["pareto"] is wanted]
+        if here:
+            traces.append({
+                "type": "scatter", "mode": "markers+text" if len(points) <= 24 else "markers", "name": label,
+                "x": [p["objectives"][x["name"]]["value"] for p in here],
+                "y": [p["objectives"][y["name"]]["value"] for p in here],
+                "text": [str(p["point"]) for p in here], "textposition": "top center",
+                "marker": {
+                    "color": SERIES[0] if wanted else GREY, "symbol": SYMBOLS[0 if wanted else 1],
+                    "size": 12 if wanted else 8,
+                },
+                "hovertemplate": "point %{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
+            })  # fmt: skip
+    return figure(traces, x=x["name"], y=y["name"], height=360)

@@ -40,8 +40,13 @@ def describe(report: Report, inputs: Inputs) -> Verdict:
     return tell(report, inputs) if tell else Verdict(f"{report.verb} ended {report.status}.")
 
 
-def describe_run(stages: Sequence[tuple[Report, Verdict]]) -> Verdict:
-    """The verdict of a run: how many stages, and its last comparison or else its last evaluation."""
+def describe_run(stages: Sequence[tuple[Report, Verdict]], run: Report) -> Verdict:
+    """The verdict of a run: how many stages, and its last comparison or else its last evaluation.
+
+    Of a sweep: how many points, those that nothing beats, and the best in the first objective.
+    """
+    if sweep := run.details.get("sweep"):
+        return _swept(sweep, len(stages))
     evaluations = [(r, v) for r, v in stages if r.verb == "evaluate" and r.metrics]
     compared = [(r, v) for r, v in evaluations if r.details.get("against")]
     ran = f"{plural(len(stages), 'stage')} ran"
@@ -49,6 +54,25 @@ def describe_run(stages: Sequence[tuple[Report, Verdict]]) -> Verdict:
         return Verdict(f"{ran}.")
     _, told = (compared or evaluations)[-1]
     return Verdict(f"{ran}: {told.sentence.replace('No clear', 'no clear', 1)}", told.figure)
+
+
+def _swept(sweep: Mapping[str, Any], stages: int) -> Verdict:
+    points, unbeaten = sweep["points"], [p for p in sweep["points"] if p["pareto"]]
+    ran = f"{plural(stages, 'stage')} ran for {plural(len(points), 'point')} of a sweep"
+    if not unbeaten:
+        return Verdict(f"{ran}.")
+    first = sweep["objectives"][0]
+    sign = 1 if first["better"] == "lower" else -1
+    best = min(unbeaten, key=lambda p: sign * p["objectives"][first["name"]]["value"])
+    values = ", ".join(f"{key} {value}" for key, value in best["values"].items())
+    several = len(sweep["objectives"]) > 1
+    others = f"; {len(unbeaten)} of the points {'is' if len(unbeaten) == 1 else 'are'} unbeaten" if several else ""
+    return Verdict(
+        f"{ran}: point {best['point']} has the best {clip(first['name'])}{others}.",
+        Figure(
+            clip(first["name"]), number(best["objectives"][first["name"]]["value"]), first["unit"], remark=clip(values)
+        ),
+    )
 
 
 def _name(inputs: Inputs, place: str, otherwise: str) -> str:

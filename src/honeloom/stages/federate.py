@@ -245,11 +245,13 @@ def _rows(work: Work[FederateConfig]) -> dict[str, RowSet]:
         return {}
     if config.partition is not None:
         table = scan(work)
-        parts = partition(table, config.partition, seed=config.seed)
+        split = partition(table, config.partition, seed=config.seed)
+        parts = {name: places for name, places in split.items() if name not in config.without}
         write_json(work.dir / PARTITION, partition_record(table, parts))
-        write_questions(work.dir / ROWS_FILE, table)
+        write_questions(work.dir / ROWS_FILE, table.take(i for places in parts.values() for i in places))
         return {name: table.take(places) for name, places in parts.items()}
-    tables = {client.id: scan(work, field=f"clients.{k}.rows") for k, client in enumerate(config.clients)}
+    asked = [(k, client.id) for k, client in enumerate(config.clients) if client.id not in config.without]
+    tables = {name: scan(work, field=f"clients.{k}.rows") for k, name in asked}
     records = [partition_record(table, {name: range(len(table))}) for name, table in tables.items()]
     clients = [client for record in records for client in record["clients"]]
     digest = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()

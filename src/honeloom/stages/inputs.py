@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from honeloom import lab
 from honeloom.checkpoint.folders import read_config
@@ -33,6 +33,7 @@ __all__ = [
     "resolve_rows",
 ]
 
+K = TypeVar("K", bound=Hashable)
 _HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9][\w.-]{0,95}/\w([\w.-]{0,94}\w)?(@\w[\w./-]*)?", re.ASCII)
 _DESCRIBED_BY = frozenset({"config.json", "adapter_config.json", "examples.parquet"})  # the last: an evaluation
 INPUTS_SCHEMA = "honeloom.inputs/1"
@@ -70,6 +71,8 @@ class ResolvedInput:
         A hub artefact that is not in the cache yet (only in plans).
     base : Path or None
         For an adapter: the folder of its base model.
+    withdrawn : tuple of str
+        For rows: ids that stand in the files and are not read.
     """
 
     place: str
@@ -83,6 +86,7 @@ class ResolvedInput:
     relative: str | None = None
     missing: bool = False
     base: Path | None = None
+    withdrawn: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -102,6 +106,10 @@ class Placed:
     path: Path
     fingerprint: str
     relative: str
+    file: str = "."
+    shown: str = ""
+    """`file` is the artefact itself below `path`, where it is one file. `shown` is the path that it will have, where
+    that is not the one by which settings refer to it."""
 
 
 class Resolver:
@@ -121,6 +129,7 @@ class Resolver:
         self._pending = dict(pending or {})
         self._placed: dict[str, Placed] = {}
         self._found: dict[tuple[str, str], ResolvedInput] = {}
+        self._changed: dict[tuple[ResolvedInput, Hashable], ResolvedInput] = {}
 
     def place(self, value: str, placed: Placed) -> None:
         """Say where an artefact of the running recipe is now."""
@@ -129,6 +138,13 @@ class Resolver:
     def know(self, found: ResolvedInput) -> None:
         """Take over an input that was found before, so that it is not read again."""
         self._found[found.kind, found.value] = found
+
+    def once(self, found: ResolvedInput, by: K, change: Callable[[ResolvedInput, K], ResolvedInput]) -> ResolvedInput:
+        """An input changed by something, which is done once for all stages that ask for the same."""
+        key = (replace(found, place=""), by)
+        if key not in self._changed:
+            self._changed[key] = change(found, by)
+        return replace(self._changed[key], place=found.place)
 
     def read_ahead(self, fields: Sequence[InputField], meanwhile: Callable[[], object] = lambda: None) -> None:
         """Hash the weights of all local models side by side; each is then known when its turn comes.
@@ -160,9 +176,11 @@ class Resolver:
         if field.kind == "encoder":
             return resolve_encoder(field.value, field.place)
         if field.kind in ("file", "scores"):
-            value = str(here.path) if here else field.value
+            file = here.file if here and field.kind == "file" else "."
+            value = str(here.path / file) if here else field.value
             found = resolve_file(value, field.place, scores=field.kind == "scores")
-            return replace(found, kind=field.kind, value=field.value, relative=here.relative if here else None)
+            value = here.shown if here and here.shown else field.value
+            return replace(found, kind=field.kind, value=value, relative=here.relative if here else None)
         look = {"rows": resolve_rows, "adapter": resolve_adapter}.get(field.kind, resolve_model)
         try:
             if here is None:
@@ -170,7 +188,7 @@ class Resolver:
             found = look(str(here.path), field.place, known=here.fingerprint)
         except NotCachedError:
             return ResolvedInput(field.place, field.kind, field.value, (), "", 0, missing=True)
-        return replace(found, value=field.value, relative=here.relative)
+        return replace(found, value=here.shown or field.value, relative=here.relative)
 
 
 def resolve_folder(value: str, place: str) -> ResolvedInput:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from honeloom.config.load import dump_yaml
 from honeloom.config.recipe import Recipe, Step, resolve_steps
@@ -22,7 +23,9 @@ from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
 from honeloom.stages.needs import plan_job
-from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job
+from honeloom.stages.references import check_references
+from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job, write_provenance
+from honeloom.stages.sweep import SWEEP_FILE, compare_points
 from honeloom.system import copy_file
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
@@ -60,9 +63,11 @@ def run_recipe(
     console = console or QuietConsole()
     out = locate(out)
     steps = resolve_steps(recipe, out)
+    check_references(steps)
     resolver = Resolver(pending={str(s.folder): s.name for s in steps})
     jobs = [prepare(s.verb, s.config, resolver) for s in steps]
-    key = stage_key("run", 1, {"stages": [s.name for s in steps]}, [j.key for j in jobs])
+    asked = {"sweep": recipe.sweep, "objectives": [o.name for o in recipe.objectives]} if recipe.sweep else {}
+    key = stage_key("run", 1, {"stages": [s.name for s in steps], **asked}, [j.key for j in jobs])
     with terminate_cleanly(), open_output(out, key, "run", mode=mode, inputs=[*reads, *_read(jobs)]) as output:
         if output.reused:
             report = load_report(out, reused=True)
@@ -79,6 +84,7 @@ def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
     """Say what `run_recipe` would do; loads no weights and writes nothing."""
     out = locate(out)
     steps = resolve_steps(recipe, out)
+    check_references(steps)
     resolver = Resolver(fetch=False, pending={str(s.folder): s.name for s in steps})
     plans = []
     for step in steps:
@@ -87,18 +93,34 @@ def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
         if is_complete(step.folder, job.key):
             state = "reuse"
             _place(resolver, step, step.folder, load_report(step.folder))
-        plans.append(plan_job(job, step.name, state))
+        plans.append(replace(plan_job(job, step.name, state), **_place_in_sweep(recipe, step)))
     return plans
+
+
+def _place_in_sweep(recipe: Recipe, step: Step) -> dict[str, Any]:
+    """Numbers of the points that a stage belongs to, and the values that reach it; nothing without a sweep."""
+    if not recipe.sweep:
+        return {}
+    points = tuple(p.number for p in recipe.points() if p.stages[step.stage] == step.name)
+    return {"points": points, "values": dict(step.values)}
 
 
 def _run_in(
     recipe: Recipe, steps: Sequence[Step], outside: Sequence[Job], output: Output, resolver: Resolver, console: Console
 ) -> None:
     (output.work / "stages").mkdir(exist_ok=True)
-    reports: list[Report] = []
+    reports: dict[str, Report] = {}
+    first: dict[tuple[str, str], Step] = {}
+    shared: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
         job = prepare(step.verb, step.config, resolver)
         folder = output.work / "stages" / step.folder.name
+        same = first.setdefault((step.stage, job.key), step)
+        if same is not step:  # points of a sweep whose settings and inputs came out the same
+            console.say(f"[{number}/{len(steps)}] {step.name}: the same as {same.name}")
+            shared[step.name] = same.name
+            _place(resolver, step, folder.with_name(same.folder.name), reports[same.name], shown=str(same.folder))
+            continue
         _adopt(output.final / "stages" / step.folder.name, folder, job.key)
         mode: Mode = "resume" if not folder.exists() or load_manifest(folder) else "overwrite"
         if is_complete(folder, job.key) and (damage := find_damage(folder)):
@@ -111,14 +133,27 @@ def _run_in(
             console.say(f"[{number}/{len(steps)}] {step.name}: {step.verb}")
             report = run_job(job, folder, mode=mode, shown=step.folder, console=console)
         _place(resolver, step, folder, report)
-        reports.append(report)
+        reports[step.name] = report
         output.valuable = True
-    _sweep(output.work / "stages", {s.folder.name for s in steps})
-    _write_run(recipe, steps, outside, reports, output, console)
+    made = [s for s in steps if s.name not in shared]
+    _clear(output.work / "stages", {s.folder.name for s in made})
+    jobs = {s.name: job for s, job in zip(steps, outside, strict=True)}
+    _write_run(Done(recipe, made, jobs, reports, shared), output, console)
     output.finish()
 
 
-def _sweep(folder: Path, stages: set[str]) -> None:
+@dataclass(frozen=True)
+class Done:
+    """A run whose stages are made: these in order; jobs and reports by their names; and who shares whose result."""
+
+    recipe: Recipe
+    steps: Sequence[Step]
+    jobs: Mapping[str, Job]
+    reports: Mapping[str, Report]
+    shared: Mapping[str, str]
+
+
+def _clear(folder: Path, stages: set[str]) -> None:
     """Remove what a killed attempt left between the stages: locks, half-adopted and half-written folders."""
     for path in folder.iterdir():
         if path.name in stages:
@@ -133,9 +168,10 @@ def _read(jobs: Sequence[Job]) -> list[Path]:
     return [p for job in jobs for i in job.inputs.values() for p in i.paths]
 
 
-def _place(resolver: Resolver, step: Step, folder: Path, report: Report) -> None:
+def _place(resolver: Resolver, step: Step, folder: Path, report: Report, *, shown: str = "") -> None:
     assert report.artefact is not None  # every stage of a recipe writes
-    resolver.place(str(step.folder), Placed(folder, report.artefact.sha256, f"../{folder.name}"))
+    file = os.path.relpath(report.artefact.path, report.out or "")
+    resolver.place(str(step.folder), Placed(folder, report.artefact.sha256, f"../{folder.name}", file, shown))
 
 
 def _adopt(old: Path, folder: Path, key: str) -> None:
@@ -156,34 +192,45 @@ def _link(source: str, target: str) -> None:
         copy_file(Path(source), Path(target))
 
 
-def _write_run(
-    recipe: Recipe,
-    steps: Sequence[Step],
-    jobs: Sequence[Job],
-    reports: Sequence[Report],
-    output: Output,
-    console: Console,
-) -> None:
+def _write_run(done: Done, output: Output, console: Console) -> None:
     folder = output.work
     with Journal(folder / "events.jsonl", durable=False) as events:
-        Log(console, events).event("end", stages=len(steps))
-    lock = {**recipe.model_dump(mode="json"), "stages": {s.name: {s.verb: _reference(s, steps)} for s in steps}}
-    write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(lock)).encode())
-    described = [describe_inputs(job) for job in jobs]
-    inputs = {s.name: d["inputs"] for s, d in zip(steps, described, strict=True)}
+        Log(console, events).event("end", stages=len(done.steps))
+    write_bytes(folder / "recipe.lock.yaml", redact(dump_yaml(_lock(done))).encode())
+    inputs = {s.name: describe_inputs(done.jobs[s.name])["inputs"] for s in done.steps}
+    for entry in (e for entries in inputs.values() for e in entries):
+        stage = entry["sha256"].removeprefix("stage:")
+        entry["sha256"] = f"stage:{done.shared[stage]}" if stage in done.shared else entry["sha256"]
     links = {"schema": INPUTS_SCHEMA, "key": output.key, "stages": inputs}
     write_json(folder / "inputs.json", redact_tree(links))
     write_json(folder / "environment.json", describe_environment())
-    report = Report.from_json(redact_tree(_summarise(recipe, steps, reports, output.final).to_json()))
+    report = Report.from_json(redact_tree(_summarise(done, output.final).to_json()))
     write_json(folder / "report.json", report.to_json())
-    outside = [i for job in jobs for i in job.inputs.values() if i.paths]
-    load_target("honeloom.reporting.card:write_card")(folder, report, outside)
+    if "sweep" in report.details:
+        write_json(folder / SWEEP_FILE, {"schema": "honeloom.sweep/1", **report.details["sweep"]})
+    outside = [i for s in done.steps for i in done.jobs[s.name].inputs.values() if i.paths or i.files]
+    write_provenance(folder, report, outside, None)
     load_target("honeloom.reporting.page:write_page")(folder, report)
+
+
+def _lock(done: Done) -> dict[str, Any]:
+    """The recipe with every default resolved; of a sweep, with the values of its first point."""
+    recipe = done.recipe
+    lock = recipe.model_dump(mode="json")
+    if not recipe.sweep:
+        del lock["sweep"], lock["objectives"]
+    found: dict[str, dict[str, Any]] = {}
+    for step in done.steps:
+        # A swept variable or seed must stay one; another method has other settings than those of the first.
+        as_written = any("." not in key or key.endswith(".type") for key in step.values)
+        settled = recipe.stages[step.stage][step.verb] if as_written else _reference(step, done.steps)
+        found.setdefault(step.stage, {step.verb: settled})
+    return {**lock, "stages": found}
 
 
 def _reference(step: Step, steps: Sequence[Step]) -> object:
     """The stage's settings with paths of earlier stages written as $name again."""
-    names = {str(s.folder): f"${s.name}" for s in steps}
+    names = {str(s.folder): f"${s.stage}" for s in steps}
 
     def walk(value: object) -> object:
         if isinstance(value, dict):
@@ -195,14 +242,17 @@ def _reference(step: Step, steps: Sequence[Step]) -> object:
     return walk(step.config.model_dump(mode="json"))
 
 
-def _summarise(recipe: Recipe, steps: Sequence[Step], reports: Sequence[Report], out: Path) -> Report:
+def _summarise(done: Done, out: Path) -> Report:
+    recipe, steps = done.recipe, done.steps
+    reports = [done.reports[s.name] for s in steps]
+    sweep = compare_points(recipe, done.reports, done.shared)
     stages = [
         {
             "name": step.name,
             "verb": step.verb,
             "out": report.out,
             "artefact": asdict(report.artefact) if report.artefact else None,
-            "needs": list(step.needs),
+            "needs": list(dict.fromkeys(done.shared.get(n, n) for n in step.needs)),
             "seconds": report.cost.seconds,
         }
         for step, report in zip(steps, reports, strict=True)
@@ -227,5 +277,6 @@ def _summarise(recipe: Recipe, steps: Sequence[Step], reports: Sequence[Report],
             "description": recipe.description,
             "stages": stages,
             "comparisons": [r.details["against"]["sentence"] for r in reports if r.details.get("against")],
+            **({"sweep": sweep} if sweep else {}),
         },
     )

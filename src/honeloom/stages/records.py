@@ -1,4 +1,4 @@
-"""Looking back at finished folders: verify, lineage, and the page made again."""
+"""Looking back at finished folders: verify, and the page made again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from honeloom.checkpoint.headers import inspect_weights
 from honeloom.errors import SourceError
@@ -15,11 +14,12 @@ from honeloom.runs.atomic import remove_temporaries
 from honeloom.runs.lock import writer_lock
 from honeloom.runs.manifest import load_manifest, refresh_manifest, verify_folder
 from honeloom.runs.output import locate
+from honeloom.stages.lineage_nodes import results_below
 from honeloom.stages.runner import load_report
 from honeloom.system import peak_rss
 from honeloom.types.report import Check, Cost, Report
 
-__all__ = ["render_report", "trace", "verify"]
+__all__ = ["render_report", "verify"]
 
 
 def verify(path: str | Path) -> Report:
@@ -59,8 +59,15 @@ def _inspect(path: Path) -> str | None:
 
 
 def render_report(run: Path) -> Path:
-    """Write `report.html` from `report.json` again, and take it into the manifest."""
+    """Write `report.html` from `report.json` again, and take it into the manifest.
+
+    Of a folder that is no result and holds some, write `index.html`: their names, verbs, times and main numbers.
+    """
     run = locate(run)
+    if run.is_dir() and load_manifest(run) is None and (found := results_below(run)):
+        reports = [(folder, load_report(folder)) for folder in found]
+        index: Path = load_target("honeloom.reporting.index_page:write_index")(run, reports, _unfinished(run))
+        return index
     _require_result(run)
     with writer_lock(run):
         remove_temporaries(run)
@@ -71,41 +78,9 @@ def render_report(run: Path) -> Path:
     return page
 
 
-def trace(run: Path, row: str | None) -> dict[str, Any]:
-    """What a result was made of, stage by stage; for one row, how far it went.
-
-    Returns
-    -------
-    dict
-        `stages`: each with stage, verb, sha256, reads and (for a row) row: what the stage did
-        with it ("selected", "trained on", ...) or "through <models>" or "untouched". Models are
-        followed to the folders of earlier commands, as far as those still exist.
-    """
-    _require_result(run)
-    folders = sorted((run / "stages").glob("*-*"), key=lambda p: int(p.name.split("-")[0])) or [run]
-    stages = []
-    for folder in folders:
-        report = load_report(folder)
-        name = folder.name.split("-", 1)[-1] if folder != run else report.verb
-        reads = json.loads((folder / "inputs.json").read_bytes())["inputs"]
-        entry = {
-            "stage": name,
-            "verb": report.verb,
-            "sha256": report.artefact.sha256 if report.artefact else "",
-            "reads": [{k: r[k] for k in ("place", "kind", "value", "sha256")} for r in reads],
-        }
-        if row is not None:
-            entry["row"] = _what_became_of(row, folder)
-        stages.append(entry)
-    return {"run": str(run), "row": row, "stages": stages}
-
-
-def _what_became_of(row: str, folder: Path) -> str:
-    direct: str | None = load_target("honeloom.stages.row_records:find_row")(folder, row)
-    if direct:
-        return direct
-    names = load_target("honeloom.stages.row_records:through")(folder, row)
-    return f"through {', '.join(names)}" if names else "untouched"
+def _unfinished(folder: Path) -> list[Path]:
+    """Attempts beside the results that were interrupted and are not being worked on."""
+    return [p for p in sorted(folder.rglob(".*.partial-*")) if p.is_dir() and ".partial-" not in str(p.parent)]
 
 
 def _require_result(run: Path) -> None:

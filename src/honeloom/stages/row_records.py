@@ -22,6 +22,7 @@ __all__ = [
     "parents",
     "target_digests",
     "through",
+    "used_ids",
     "training_digests",
     "write_questions",
     "write_table",
@@ -66,6 +67,16 @@ def find_row(folder: Path, row_id: str) -> str | None:
         if table.num_rows:
             return f"rejected: {table['reason'][0].as_py()}"
     return "evaluated on" if _has(folder / "examples.parquet", row_id) else None
+
+
+def used_ids(model: Path) -> set[str]:
+    """Ids of the rows that a model, or any model it was made from, was trained, calibrated or searched on."""
+    found: set[str] = set()
+    for folder in ancestors(model):
+        for name in (ROWS_FILE, CALIBRATION_FILE):
+            if (folder / name).exists():
+                found.update(pq.read_table(folder / name, columns=["id"])["id"].to_pylist())
+    return found
 
 
 def through(folder: Path, row_id: str) -> list[str]:

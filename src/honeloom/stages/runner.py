@@ -33,6 +33,7 @@ from honeloom.runs.processes import rank, world_size
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.inputs import INPUTS_SCHEMA, ResolvedInput, Resolver, artefact_fingerprint
+from honeloom.stages.withdrawn import resolve_inputs
 from honeloom.stages.work import Outcome, Work
 from honeloom.system import peak_rss
 from honeloom.types.plans import StagePlan
@@ -41,7 +42,7 @@ from honeloom.verbs import VERBS, Verb
 
 __all__ = [
     "SIDE_FILES", "Job", "announce", "load_report", "prepare", "require_content", "run_job", "space_needed",
-    "write_side_files",
+    "write_provenance", "write_side_files",
 ]  # fmt: skip
 
 SIDE_FILES = (
@@ -97,7 +98,7 @@ def prepare(verb_name: str, config: VerbConfig, resolver: Resolver, *, runs: boo
     verb = VERBS[verb_name]
     fields = list(collect_inputs(config))
     resolver.read_ahead(fields, partial(load_target, verb.execute) if runs else lambda: None)
-    inputs = {f.place: resolver.resolve(f) for f in fields}
+    inputs = resolve_inputs(config, resolver, {f.place: resolver.resolve(f) for f in fields})
     neutral = config.model_dump(mode="json")
     for name, info in type(config).model_fields.items():
         if any(isinstance(m, NoResultMark) for m in info.metadata):
@@ -330,15 +331,25 @@ def write_side_files(folder: Path, job: Job, report: Report, relation: str | Non
     write_json(folder / "inputs.json", redact_tree(describe_inputs(job)))
     write_json(folder / "environment.json", describe_environment())
     write_json(folder / "report.json", report.to_json())
-    load_target("honeloom.reporting.card:write_card")(folder, report, list(job.inputs.values()), relation)
+    write_provenance(folder, report, list(job.inputs.values()), relation)
     load_target("honeloom.reporting.page:write_page")(folder, report)
+
+
+def write_provenance(folder: Path, report: Report, inputs: Sequence[ResolvedInput], relation: str | None) -> None:
+    """Write the card: what the result was made from, its licences and parents."""
+    facts = load_target("honeloom.stages.provenance:facts_of")(inputs)
+    parents = load_target("honeloom.stages.provenance:hub_parents")(inputs) if relation else []
+    write = load_target("honeloom.reporting.card:write_card")
+    write(folder, report, inputs, relation, facts=facts, parents=parents)
 
 
 def describe_inputs(job: Job) -> dict[str, Any]:
     """Content of a stage's `inputs.json`: what was read, by content hash; the links of the lineage chain.
 
     `paths` are the absolute folders or files; they are empty for an artefact of the same run,
-    which `relative` names as seen from this stage. A run folder's own file has, instead of
+    which `relative` names as seen from this stage. `withdrawn` stands there where ids of the rows were not read;
+    the fingerprint tells that too. `licences` are those that its card tells, or those of what it was made from.
+    A run folder's own file has, instead of
     `inputs`, `stages`: stage name -> such a list.
     """
     return {
@@ -349,6 +360,7 @@ def describe_inputs(job: Job) -> dict[str, Any]:
 
 
 def _describe_input(found: ResolvedInput) -> dict[str, Any]:
+    known = not found.fingerprint.startswith("stage:")
     return {
         "place": found.place,
         "kind": found.kind,
@@ -358,4 +370,6 @@ def _describe_input(found: ResolvedInput) -> dict[str, Any]:
         "revision": found.revision,
         "sha256": found.fingerprint,
         "bytes": found.size,
+        **({"licences": list(load_target("honeloom.stages.provenance:licences_of")(found))} if known else {}),
+        **({"withdrawn": list(found.withdrawn)} if found.withdrawn else {}),
     }

@@ -153,7 +153,12 @@ class StagePlan:
     push_to_hub: str | None = None
     needs: Needs | None = None
     notes: tuple[str, ...] = ()
+    points: tuple[int, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        return asdict(self)
+        """Return a JSON-ready dict; `points` and `values`, those of a sweep that a stage is part of, only in one."""
+        document = asdict(self)
+        if not self.points:
+            del document["points"], document["values"]
+        return document

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig
+from honeloom.config.base import Config, ModelInput, NoResultMark, OptionalModelInput, RowsInput, VerbConfig, Withdrawn
 from honeloom.config.methods import FamilyMethod, MethodConfig, default_type
 from honeloom.merging.config import LinearConfig
 from honeloom.merging.merge_config import MergeMethod
@@ -136,6 +136,7 @@ class GlueConfig(VerbConfig):
     limit: int | None = Field(None, gt=0, description="Read only the first N rows.")
     strict: bool = Field(False, description="Stop at the first unusable row.")
     max_bad: float = Field(0.01, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
+    withdraw: Withdrawn = ()
     batch_size: int = Field(16, gt=0, description="Rows per forward pass.")
     max_length: int | None = Field(None, gt=1, description="Tokens per row; default: each model's limit, at most 2048.")
     threads: Annotated[int | None, NoResultMark()] = Field(None, ge=1, description="Threads; default: one per core.")
