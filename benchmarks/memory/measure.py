@@ -72,7 +72,7 @@ def do(folder: Path, work: Work, device: str) -> None:
     if work.mode in ("lora", "full"):
         train(model, work, rows)
     elif work.mode == "inference":
-        Scorer(model, _Limit(work.tokens), work.batch_size)._sums(rows)
+        Scorer(model, _Limit(work.tokens), work.batch_size).sums(rows)
     else:
         zeroth_order(model, rows[: work.batch_size])
 

@@ -13,27 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from honeloom.config.base import VerbConfig, validate
-from honeloom.config.load import apply_overrides, load_documents, load_yaml
-from honeloom.config.recipe import Recipe, load_recipe
+from honeloom.config.load import load_documents
 from honeloom.errors import ConfigError
-from honeloom.flags import place_flags
 from honeloom.merging.documents import in_order, parts_folder, read_card
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.runs.notebook import notebook_console
 from honeloom.runs.output import Mode, is_complete, locate
 from honeloom.runs.processes import rank
+from honeloom.stages.costs import Entry, with_costs
 from honeloom.stages.inputs import Resolver, resolve_model
 from honeloom.stages.needs import plan_job
+from honeloom.stages.options import choose_mode, read_recipe, read_settings, take_mode, take_repository
 from honeloom.stages.pipeline import plan_recipe, run_recipe
 from honeloom.stages.publish import check_push, push_result
 from honeloom.stages.runner import prepare, require_content, run_job
-from honeloom.types.plans import StagePlan
 from honeloom.types.report import Report
 from honeloom.types.views import PlanList
-from honeloom.verbs import VERBS
-from honeloom.zoo.reading import read_zoo
 
 __all__ = [
     "aggregate", "convert", "drop", "evaluate", "export", "extract_lora", "federate", "glue", "load_model", "merge",
@@ -41,8 +37,6 @@ __all__ = [
 ]  # fmt: skip
 
 PathLike = str | Path
-_DOCUMENTS = {"merge": "config", "mix": "config", "federate": "config", "glue": "zoo"}
-"""Verbs whose settings may come from a file, and the argument that names it."""
 
 
 def select(rows: PathLike | Sequence[PathLike], *, output_dir: PathLike, **options: Any) -> Report:
@@ -185,7 +179,7 @@ def merge(
         return _run_verb("merge", output_dir, {"config": config, **options})
     file = Path(config or "")
     *earlier, (_, last) = in_order(load_documents(file), parts_folder(Path(output_dir or "merged")))
-    mode = _choose_mode(options.get("mode", "new"), options.get("overwrite", False), options.get("resume", False))
+    mode = choose_mode(options.get("mode", "new"), options.get("overwrite", False), options.get("resume", False))
     for name, document in earlier:
         part = parts_folder(Path(output_dir or "merged")) / str(name)
         shared: dict[str, Any] = {key: options.get(key) for key in ("console", "max_memory", "threads")}
@@ -371,11 +365,11 @@ def run(
         The same in one word. Stages that match are reused in every mode.
     """
     path = Path(recipe)
-    mode = _choose_mode(mode, overwrite, resume)
+    mode = choose_mode(mode, overwrite, resume)
     out = Path(output_dir)
     own_lock = path.resolve() == locate(out) / "recipe.lock.yaml"  # it has been read, and is written again
     return run_recipe(
-        _read_recipe(path, set, seed, withdraw), out, mode=mode, reads=[] if own_lock else [path],
+        read_recipe(path, set, seed, withdraw), out, mode=mode, reads=[] if own_lock else [path],
         console=console or notebook_console(),
     )  # fmt: skip
 
@@ -387,8 +381,8 @@ def plan(
     calibrate: bool = False,
     console: Console | None = None,
     **settings: Any,
-) -> list[StagePlan]:
-    """Say what a verb or a recipe would do; loads no weights and writes nothing.
+) -> PlanList:
+    """Say what a verb or a recipe would do and cost; loads no weights of its models and writes nothing.
 
     Parameters
     ----------
@@ -397,39 +391,51 @@ def plan(
     output_dir : path, optional
         Where the result would go; tells what would be reused.
     calibrate : bool
-        For tune: also read the rows and time a few steps on layers with random weights, for
-        the tokens and seconds of the whole job.
+        Also count all tokens and time what is to be done, for the seconds of every stage: each verb
+        is tried on the built-in lab in a temporary folder, and passes and steps are timed on random weights.
     console : Console, optional
         For the progress of that.
     **settings
         As of the verb's function.
+
+    Returns
+    -------
+    PlanList
+        A list of StagePlan, with the sums in `total`.
+
+    Raises
+    ------
+    InputError
+        A setting or an input cannot be used, or calibrated.
     """
     if verb == "run":
         given = (settings.get("set", ()), settings.get("seed"), settings.get("withdraw", ()))
-        recipe = _read_recipe(Path(settings["recipe"]), *given)
-        return PlanList(plan_recipe(recipe, Path(output_dir or "run")))
-    _take_mode(settings)
-    repository = _take_repository(verb, settings)
+        recipe = read_recipe(Path(settings["recipe"]), *given)
+        out = Path(output_dir or "run")
+        return PlanList(plan_recipe(recipe, out, calibrate=calibrate, console=console))
+    take_mode(settings)
+    repository = take_repository(verb, settings)
     if verb == "merge" and isinstance(settings.get("config"), str | Path):
         documents = load_documents(Path(settings["config"]))
         if len(documents) > 1:
-            return PlanList(_plan_documents(documents, Path(output_dir or "merged")))
-    job = prepare(verb, _read_settings(verb, settings), Resolver(fetch=False))
+            entries = _plan_documents(documents, Path(output_dir or "merged"))
+            return PlanList(with_costs(entries, calibrate=calibrate, console=console))
+    job = prepare(verb, read_settings(verb, settings), Resolver(fetch=False))
     done = output_dir is not None and is_complete(locate(Path(output_dir)), job.key)
-    planned = plan_job(job, verb, "reuse" if done else "run", calibrate=calibrate, console=console)
-    return PlanList([replace(planned, push_to_hub=repository)])
+    planned = replace(plan_job(job, verb, "reuse" if done else "run"), push_to_hub=repository)
+    return PlanList(with_costs([Entry(job, planned)], calibrate=calibrate, console=console))
 
 
-def _plan_documents(documents: Sequence[dict[str, Any]], out: Path) -> list[StagePlan]:
+def _plan_documents(documents: Sequence[dict[str, Any]], out: Path) -> list[Entry]:
     """Plans of merges that build on each other, before any of them has been made."""
     parts = parts_folder(out)
     ordered = in_order(documents, parts)
     resolver = Resolver(fetch=False, pending={str(parts / str(name)): str(name) for name, _ in ordered[:-1]})
-    plans = []
+    entries = []
     for name, document in ordered:
-        job = prepare("merge", _read_settings("merge", {"config": document}), resolver)
-        plans.append(plan_job(job, name or "merge", "run"))
-    return plans
+        job = prepare("merge", read_settings("merge", {"config": document}), resolver)
+        entries.append(Entry(job, plan_job(job, name or "merge", "run"), str(parts / str(name))))
+    return entries
 
 
 def load_model(
@@ -461,12 +467,12 @@ def _run_verb(
     wanted: Mapping[str, str] | None = None,
 ) -> Report:
     """Validate settings (None means the default), find the inputs (with the `wanted` content, by place), run."""
-    mode = _take_mode(options)
+    mode = take_mode(options)
     console: Console | None = options.pop("console", None) or notebook_console()
     if output_dir is None and verb != "evaluate":
         raise ConfigError(f"{verb} writes its result: give an output folder (--output-dir OUT)")
-    repository = _take_repository(verb, options)
-    settings = _read_settings(verb, options)
+    repository = take_repository(verb, options)
+    settings = read_settings(verb, options)
     if repository is not None and rank() == 0:
         check_push(repository)
     job = prepare(verb, settings, Resolver(), runs=True)
@@ -475,33 +481,3 @@ def _run_verb(
     if repository is not None and output_dir is not None and rank() == 0:
         push_result(locate(Path(output_dir)), repository, console)
     return report
-
-
-def _take_repository(verb: str, options: dict[str, Any]) -> str | None:
-    """Where the result is pushed to: no setting of the verb, and only of verbs that make a model."""
-    return None if verb in ("select", "evaluate") else options.pop("push_to_hub", None)
-
-
-def _read_settings(verb: str, options: dict[str, Any]) -> VerbConfig:
-    """Settings from flags; from a file or mapping (`config`, `zoo`) below them, and from `set` above them."""
-    overrides = options.pop("set", ())
-    config = options.pop(_DOCUMENTS[verb], None) if verb in _DOCUMENTS else None
-    read = read_zoo if verb == "glue" else load_yaml
-    base = {} if config is None else dict(config) if isinstance(config, dict) else read(Path(config))
-    given = apply_overrides({**base, **place_flags(verb, options)}, overrides)
-    settings: VerbConfig = validate(load_target(VERBS[verb].config), given, what=verb)
-    return settings
-
-
-def _read_recipe(path: Path, overrides: Sequence[str], seed: int | None, withdraw: Sequence[str] = ()) -> Recipe:
-    return load_recipe(path, [*overrides, *([f"seed={seed}"] if seed is not None else [])], withdraw)
-
-
-def _take_mode(options: dict[str, Any]) -> Mode:
-    return _choose_mode(options.pop("mode", "new"), options.pop("overwrite", False), options.pop("resume", False))
-
-
-def _choose_mode(mode: Mode, overwrite: bool, resume: bool) -> Mode:
-    if overwrite and resume:
-        raise ConfigError("--overwrite and --resume exclude each other: redo everything, or go on from what is there")
-    return "overwrite" if overwrite else "resume" if resume else mode

@@ -61,6 +61,7 @@ def aggregate(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Aggregate LoRA adapters of one base: one adapter out, or the base with their sum added.
 
@@ -71,4 +72,4 @@ def aggregate(
         "into_base": into_base, "seed": seed, "device": device, "dtype": dtype,
     }  # fmt: skip
     run_verb("aggregate", honeloom.aggregate, settings("aggregate", given, set_), out=output_dir, overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

@@ -26,6 +26,7 @@ def convert(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Convert pickled weights to safetensors without running what a pickle may hold: the same tensors, checked.
 
@@ -37,4 +38,4 @@ def convert(
         return honeloom.convert(source, **options)
 
     run_verb("convert", call, settings("convert", given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

@@ -119,6 +119,7 @@ def drop(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Drop the least important attention, MLP or blocks: score, choose, heal, write, verify.
 
@@ -134,4 +135,4 @@ def drop(
         "attn": attn, "on_nan": on_nan,
     }  # fmt: skip
     run_verb("drop", honeloom.drop, settings("drop", given, set_), out=choose_out(out, output_dir), overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

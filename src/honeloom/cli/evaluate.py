@@ -54,6 +54,7 @@ def evaluate(
     resume: o.Resume = False,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Measure a model: per-domain loss, multiple choice by likelihood, lm-eval tasks.
 
@@ -67,4 +68,4 @@ def evaluate(
         "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
     run_verb("evaluate", honeloom.evaluate, settings("evaluate", given, set_), out=output_dir, overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate)  # fmt: skip

@@ -45,6 +45,7 @@ def extract_lora(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Extract the low-rank difference of two models as an adapter: what tuning changed, in a small file.
 
@@ -59,4 +60,5 @@ def extract_lora(
         return honeloom.extract_lora(tuned, base, **options)
 
     run_verb("extract-lora", call, settings("extract-lora", given, set_), out=choose_out(out, output_dir),
-             overwrite=overwrite, resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             overwrite=overwrite, resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate,
+             push_to_hub=push_to_hub)  # fmt: skip

@@ -47,6 +47,7 @@ def federate(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Tune a model on rows that stay with their clients.
 
@@ -62,4 +63,4 @@ def federate(
         return honeloom.federate(model, config, output_dir=output_dir, **options)
 
     run_verb("federate", call, given, out=output_dir, overwrite=overwrite, resume=resume, as_json=json,
-             dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

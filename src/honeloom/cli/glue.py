@@ -60,6 +60,7 @@ def glue(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Make one model of a zoo: cluster, search merges, merge, mix, verify, advise.
 
@@ -75,4 +76,4 @@ def glue(
     if set_:
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
     run_verb("glue", honeloom.glue, given, out=choose_out(out, output_dir), overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

@@ -41,6 +41,7 @@ def merge(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Merge models of one architecture into one.
 
@@ -51,14 +52,14 @@ def merge(
     target = choose_out(out, output_dir)
     documents, call = _read(config, from_card, target)
     if dry_run and len(documents) > 1:
-        print_plans(honeloom.plan("merge", output_dir=target, config=config), terminal(json), json)
+        print_plans(honeloom.plan("merge", output_dir=target, config=config, calibrate=calibrate), terminal(json), json)
         return
     flags = {"seed": seed, "device": device, "dtype": dtype, "max_memory": max_memory, "threads": threads}
     given = {**documents[-1], **settings("merge", flags, None)}
     if set_:
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
     run_verb("merge", call, given, out=target, overwrite=overwrite, resume=resume,
-             as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip
 
 
 def _read(config: Path | None, card: Path | None, out: Path | None) -> tuple[list[dict[str, Any]], Callable[..., Any]]:

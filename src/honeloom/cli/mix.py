@@ -36,6 +36,7 @@ def mix(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Mix trained models into one mixture of experts: their MLPs, their layers, or whole models.
 
@@ -46,4 +47,4 @@ def mix(
     if set_:
         given = load_target("honeloom.config.load:apply_overrides")(given, set_)
     run_verb("mix", partial(honeloom.mix, config), given, out=choose_out(out, output_dir), overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run, push_to_hub=push_to_hub)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate, push_to_hub=push_to_hub)  # fmt: skip

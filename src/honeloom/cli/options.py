@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "Attn", "BatchSize", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength", "MaxMemory",
-    "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "SettledDevice",
+    "Attn", "BatchSize", "Calibrate", "Device", "DryRun", "Dtype", "Json", "Limit", "LoadIn", "MaxBad", "MaxLength",
+    "MaxMemory", "OutArgument", "OutputDir", "Overwrite", "PushToHub", "Resume", "Seed", "Set", "SettledDevice",
     "SettledDtype", "SettledSeed", "SmallBatchSize", "Split", "Strict", "Threads",
 ]  # fmt: skip
 
@@ -27,6 +27,10 @@ PushToHub = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; load no weights, write nothing.")]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", help="With --dry-run: count all tokens and time a few passes, for tokens and seconds."),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Every random choice follows from it.")]
 Device = Annotated[
     str,

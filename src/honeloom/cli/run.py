@@ -34,6 +34,7 @@ def run(
     resume: o.Resume = False,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Run a recipe: every stage in order, finished ones reused, interrupted ones resumed.
 
@@ -47,4 +48,5 @@ def run(
         return honeloom.run(output_dir=output_dir, **options)
 
     options = {"recipe": recipe, "set": set_ or [], "seed": seed, "withdraw": withdraw or []}
-    run_verb("run", call, options, out=folder, overwrite=overwrite, resume=resume, as_json=json, dry_run=dry_run)
+    run_verb("run", call, options, out=folder, overwrite=overwrite, resume=resume, as_json=json, dry_run=dry_run,
+             calibrate=calibrate)  # fmt: skip

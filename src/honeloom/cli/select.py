@@ -113,6 +113,7 @@ def select(
     resume: o.Resume = False,
     json: o.Json = False,
     dry_run: o.DryRun = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Choose the rows worth training on: rows in, scores and a subset out.
 
@@ -121,11 +122,10 @@ def select(
     given = {
         "rows": rows, "method": method, "model": model, "keep": keep, "axis": axis, "band": band, "rounds": rounds,
         "must_keep": must_keep, "must_drop": must_drop, "quota": quotas(quota), "quota_by": quota_by,
-        "target": target or None,
-        "overlap": overlap, "budget": budget, "workers": workers, "ray": ray, "near_duplicates": near_duplicates,
-        "limit": limit, "split": split, "seed": seed, "device": device, "dtype": dtype,
-        "load_in": load_in, "attn": attn, "batch_size": batch_size,
-        "max_length": max_length, "strict": strict, "max_bad": max_bad,
+        "target": target or None, "overlap": overlap, "budget": budget, "workers": workers, "ray": ray,
+        "near_duplicates": near_duplicates, "limit": limit, "split": split, "seed": seed, "device": device,
+        "dtype": dtype, "load_in": load_in, "attn": attn, "batch_size": batch_size, "max_length": max_length,
+        "strict": strict, "max_bad": max_bad,
     }  # fmt: skip
     run_verb("select", honeloom.select, settings("select", given, set_), out=output_dir, overwrite=overwrite,
-             resume=resume, as_json=json, dry_run=dry_run)  # fmt: skip
+             resume=resume, as_json=json, dry_run=dry_run, calibrate=calibrate)  # fmt: skip

@@ -19,8 +19,8 @@ from honeloom.runs.redact import redact_tree
 from honeloom.verbs import VERBS
 
 if TYPE_CHECKING:
-    from honeloom.types.plans import StagePlan
     from honeloom.types.report import Report
+    from honeloom.types.views import PlanList
 
 __all__ = ["choose_out", "print_json", "run_verb", "settings", "terminal"]
 
@@ -115,9 +115,10 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def print_plans(plans: Sequence[StagePlan], console: Any, as_json: bool) -> None:
+def print_plans(plans: PlanList, console: Any, as_json: bool) -> None:
     """Print what would be done."""
     if as_json:
-        print_json({"schema": "honeloom.plan/1", "stages": [p.to_json() for p in plans]})
+        document = {"schema": "honeloom.plan/1", "stages": [p.to_json() for p in plans], "total": plans.total}
+        print_json(document)
     else:
         console.show_plans(plans)

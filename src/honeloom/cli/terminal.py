@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from honeloom.runs.redact import redact
-from honeloom.types.plans import Needs, StagePlan
+from honeloom.types.plans import Needs, StagePlan, Volume
 from honeloom.types.report import Metric, Report
+from honeloom.types.views import PlanList, size_text
 
 __all__ = ["Terminal"]
 
@@ -151,6 +152,24 @@ class Terminal:
         if needs.sharded_command:
             self.say(f"  sharded  {needs.sharded_command}")
 
+    def _show_costs(self, plans: PlanList) -> None:
+        """Print what every stage does and costs, and the sums; then what could not be counted."""
+        kept = [i for i, name in enumerate(plans.columns) if name not in ("verb", "state", "reads")]
+        rows = plans.table()
+        if all(not row[-1] for row in rows):
+            kept.pop()
+        table = Table(*(plans.columns[i] for i in kept), title="what it takes", title_justify="left")
+        for row in rows:
+            table.add_row(*(Text(redact(row[i])) for i in kept))
+        self.out.print(table)
+        for plan in plans:
+            volume = plan.volume or Volume()
+            for note in (volume.unknown, *volume.notes):
+                if note:
+                    self.say(f"  {plan.stage}: {note}")
+        if bytes_wanted := plans.total["download_bytes"]:
+            self.say(f"  downloads: about {size_text(bytes_wanted)}")
+
     def show_plans(self, plans: Sequence[StagePlan]) -> None:
         """Print one row per stage."""
         table = Table("stage", "verb", "state", "reads", "downloads", title="plan", title_justify="left")
@@ -166,6 +185,7 @@ class Terminal:
         self.out.print(table)
         if count := max((n for p in plans for n in p.points), default=0):
             self._show_points(plans, count)
+        self._show_costs(PlanList(plans))
         for plan in plans:
             if plan.needs is not None:
                 self._show_needs(plan.stage, plan.needs)

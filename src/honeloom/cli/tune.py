@@ -38,10 +38,6 @@ ReportTo = Annotated[
     list[str] | None,
     typer.Option("--report-to", metavar="NAME", help="trackio, wandb, mlflow or tensorboard; repeatable."),
 ]
-Calibrate = Annotated[
-    bool,
-    typer.Option("--calibrate", help="With --dry-run: read the rows and time a few steps, for tokens and seconds."),
-]
 
 
 def tune(
@@ -78,7 +74,7 @@ def tune(
     push_to_hub: o.PushToHub = None,
     json: o.Json = False,
     dry_run: o.DryRun = False,
-    calibrate: Calibrate = False,
+    calibrate: o.Calibrate = False,
 ) -> None:
     """Tune a model on rows: an adapter (default) or a full model out.
 

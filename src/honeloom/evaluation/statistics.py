@@ -108,7 +108,8 @@ def macro_bootstrap(
     Parameters
     ----------
     one_N, other_N : arrays of shape (N, 2)
-        Per row: summed loss and weight of the two models; weights may differ, for example where one cuts a row.
+        Per row: summed loss and weight of the two models; weights may differ, for example where one cuts a row. Rows
+        without weight in both are left out.
     domains : sequence of str
         Of every row.
     shares : mapping
@@ -124,6 +125,7 @@ def macro_bootstrap(
     draws, middle, rows = np.zeros(resamples), 0.0, 0
     for domain, share in shares.items():
         pair = np.concatenate((one_N[labels == domain], other_N[labels == domain]), axis=1)
+        pair = pair[(pair[:, 1] > 0) | (pair[:, 3] > 0)]  # draws of nothing but empty rows would have no mean
         count = len(pair)
         numbers = uniform(seed, f"bootstrap/{domain}", resamples * count).numpy().reshape(resamples, count)
         sums = pair[(numbers * count).astype(np.int64)].sum(axis=1)

@@ -213,9 +213,10 @@ def _glue(report: Report, inputs: Inputs) -> Verdict:
     low, high = d["ci95"]
     remark = f"of the best single model, {clip(d['best_single_name'], 40)}, on {d['rows']['report']:,} report rows"
     figure = Figure(d["metric"].replace("_", " "), after, d["unit"], before, remark)
+    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"  # too few rows have none
     facts = [
         ("result", clip(d["result_name"])),
-        ("difference", f"{d['result'] - d['best_single']:+.4f} [{low:+.4f}, {high:+.4f}]"),
+        ("difference", f"{d['result'] - d['best_single']:+.4f}{interval}"),
         ("merges tried", number(d["evaluations"])),
     ]
     if d["oracle"]["closed"] is not None:

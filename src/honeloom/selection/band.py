@@ -17,6 +17,7 @@ from honeloom.selection.daar_config import EARLY, BandConfig, limits_of
 from honeloom.selection.development import development
 from honeloom.selection.domain_tables import domain_columns, domain_details, domain_table, finite_or_none
 from honeloom.selection.domains import discover, labelled_domains
+from honeloom.selection.sizes import BAND_REPEATS, BAND_ROWS, BAND_WIDTH
 from honeloom.selection.vectors import inverse_lengths
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData
@@ -29,12 +30,6 @@ Values = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 Axis = Literal["inter", "intra"]
 EMBEDDING, UTILITY = HiddenEmbedding(depth=EARLY), UtilityConfig()
-WIDTH = 20
-"""Percentiles of a band that is searched for, as in the paper."""
-MOST_ROWS = 2000
-"""Rows of a band that a search tunes on at most: bands are compared, not exhausted."""
-REPEATS = 3
-"""Tunings on every band, where no budget is set."""
 
 
 def percentiles(values: Values, labels: Labels, ids: Sequence[str]) -> Values:
@@ -106,7 +101,7 @@ def band(
     """
     config = BandConfig(axis=axis, band=band, by=by, clusters=clusters, embedding=embedding, utility=utility)
     if config.searches:
-        _check_budget(data.budget, 100 // WIDTH * (2 if axis is None else 1))
+        _check_budget(data.budget, 100 // BAND_WIDTH * (2 if axis is None else 1))
     vectors = data.embed(data.rows, config.embedding)
     if not (inverse_lengths(vectors) > 0).any():
         raise RowsError(f"band: none of the {len(data.rows)} rows has a vector; use another embedding")
@@ -179,7 +174,7 @@ def _search(
     """The pool whose rows teach best what the target asks, what was measured, and the rows that were held out."""
     dev = development(data, config.utility, "band")
     aside = dev.held_out | dev.alike  # neither is tuned on; what asks the same may be chosen
-    bands = [f"{x}-{x + WIDTH}" for x in range(0, 100, WIDTH)]
+    bands = [f"{x}-{x + BAND_WIDTH}" for x in range(0, 100, BAND_WIDTH)]
     pools = [_pool(data, axis, name, places[axis], dev.held_out) for axis in axes for name in bands]
     usable = int((~aside).sum())
     if usable < len(bands):
@@ -187,7 +182,7 @@ def _search(
             f"band: {usable} of {len(aside)} rows neither score tunings nor repeat one that does, too few to compare "
             "bands; give rows to score on (--target)"
         )
-    count = min(data.wanted or usable, usable * WIDTH // 100, MOST_ROWS)
+    count = min(data.wanted or usable, usable * BAND_WIDTH // 100, BAND_ROWS)
     drawn = np.argsort(keyed_uniform(data.seed, "band/random", data.rows.ids), kind="stable")
     sets = [order[~aside[order]][:count] for order in (*(pool.order for pool in pools), drawn)]
     wanted = {int(i) for members in sets for i in members}
@@ -195,7 +190,7 @@ def _search(
     settings = config.utility
     if settings.steps is None:
         settings = settings.model_copy(update={"steps": math.ceil(count / settings.batch_size)})
-    budget = data.budget or REPEATS * len(sets)
+    budget = data.budget or BAND_REPEATS * len(sets)
     repeats = budget // len(sets)
     data.say(
         f"band: {len(sets)} sets of {count} rows, each tuned on {repeats} times for {settings.steps} steps of "

@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import Decimal
 
 from honeloom.errors import RowsError
 from honeloom.ops.noise import keyed_uniform
+from honeloom.selection.sizes import half_up, rows_to_keep
 from honeloom.types.plans import Scores, SelectPlan
 
 __all__ = ["Quotas", "rows_to_keep", "take_best", "taking_order"]
-
-
-def rows_to_keep(amount: Decimal | float, unit: str, usable: int) -> int:
-    """How many rows to keep: a "share" is rounded half up and at least 1; "rows" are at most `usable`."""
-    if unit == "rows":
-        return min(int(amount), usable)
-    exact = Decimal(str(amount)) * usable
-    return max(1, _half_up(exact))
 
 
 def taking_order(scores: Scores, ids: Sequence[str], seed: int) -> list[int]:
@@ -151,11 +144,7 @@ def _allotted(shares: Mapping[str, Decimal], budget: int) -> dict[str, int]:
     """Whole numbers that together are the rounded sum of the shares; the largest remainders are rounded up."""
     exact = {name: share * budget for name, share in shares.items()}
     found = {name: int(amount) for name, amount in exact.items()}
-    left = min(budget, _half_up(sum(exact.values(), Decimal(0)))) - sum(found.values())
+    left = min(budget, half_up(sum(exact.values(), Decimal(0)))) - sum(found.values())
     for name in sorted(exact, key=lambda n: (found[n] - exact[n], n))[:left]:
         found[name] += 1
     return found
-
-
-def _half_up(exact: Decimal) -> int:
-    return int(exact.quantize(Decimal(1), rounding=ROUND_HALF_UP))

@@ -11,15 +11,13 @@ from honeloom.data.overlap import repeats
 from honeloom.errors import RowsError
 from honeloom.ops.noise import keyed_uniform
 from honeloom.selection.config import UtilityConfig
+from honeloom.selection.sizes import MOST_HELD_OUT
 from honeloom.types.ports import SelectionData
 from honeloom.types.rows import Row
 
 __all__ = ["Development", "development"]
 
 Bools = npt.NDArray[np.bool_]
-
-MOST_HELD_OUT = 0.1
-"""Share of the rows that is held out at most where no target is given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from honeloom.selection.development import Development, development
 from honeloom.selection.groups import Groups, by_label, by_vectors, nearest_of_all, representatives
 from honeloom.selection.in_run import first_order_values
 from honeloom.selection.shed_release import GROUPS, released_values
+from honeloom.selection.sizes import FEWEST_STEPS, LABEL_PROXIES, SHED_BUDGET, SURROGATE_EPOCHS, player_count
 from honeloom.types.plans import Scores
 from honeloom.types.ports import SelectionData, UtilityPort
 from honeloom.types.rows import Row
@@ -28,20 +29,12 @@ from honeloom.valuation.game import Game
 from honeloom.valuation.noise import measure_noise
 from honeloom.valuation.stopping import TopStability, spearman
 
-__all__ = ["DEFAULT_BUDGET", "player_count", "shed"]
+__all__ = ["shed"]
 
 Values = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-DEFAULT_BUDGET = 300
-MOST_PLAYERS = 3000
-ROWS_PER_PLAYER = 8
-LABEL_PROXIES = 32
-"""Rows that stand for a source or a domain, which no centroid describes."""
-FEWEST_STEPS = 8
 EMBEDDING, UTILITY = HiddenEmbedding(), UtilityConfig()
-SURROGATE_EPOCHS = 2
-"""Passes over the proxies of the tuning that gives the surrogate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +94,7 @@ def shed(
         surrogate=surrogate, stability=stability, utility=utility, sampling=sampling, factor=factor,
         standardise=standardise, curves=curves,
     )  # fmt: skip
-    budget = data.budget or DEFAULT_BUDGET
+    budget = data.budget or SHED_BUDGET
     dev = development(data, config.utility, "shed")
     count = player_count(len(data.rows) - int(dev.held_out.sum()), config.players, budget)
     vectors = data.embed(data.rows, config.embedding) if config.by == "embedding" else None
@@ -127,21 +120,6 @@ def shed(
     cheap = _surrogate(data, playing, tuning, config)
     found, removal = _value(data, port, cheap, config, budget, len(playing.rows))
     return _scores(data, config, groups, playing, found, cheap, removal)
-
-
-def player_count(rows: int, asked: int | None, budget: int) -> int:
-    """How many clusters play: as asked, else a third of the budget, at most 3000 and at most one per 8 rows.
-
-    Raises
-    ------
-    RowsError
-        Fewer than two rows.
-    """
-    if rows < 2:
-        raise RowsError(f"shed: {rows} rows to choose from, and values need at least 2 players; give more rows")
-    if asked is not None:
-        return min(asked, rows)
-    return max(2, min(MOST_PLAYERS, budget // 3, rows // ROWS_PER_PLAYER))
 
 
 def _too_few(config: ShedConfig, groups: int) -> str:
@@ -345,7 +323,7 @@ def _details(
         **found.details,
         "evaluations": found.details["evaluations"] + spent,
         "failed": found.details["failed"] + failed,
-        "budget": data.budget or DEFAULT_BUDGET,
+        "budget": data.budget or SHED_BUDGET,
         "players": len(players.rows),
         "estimator": found.method,
         "development": {"rows": len(players.dev), "from": "rows" if data.target is None else "target"},

@@ -10,7 +10,7 @@ from honeloom.errors import HoneloomError
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.zoo.config import GlueConfig
 
-__all__ = ["glue_notes"]
+__all__ = ["glue_notes", "models_of_one_shape", "tried"]
 
 
 def glue_notes(config: GlueConfig, inputs: Mapping[str, ResolvedInput]) -> tuple[str, ...]:
@@ -26,17 +26,17 @@ def glue_notes(config: GlueConfig, inputs: Mapping[str, ResolvedInput]) -> tuple
     found = {name: inputs[place] for name, place in config.named()}
     lines = [f"models: {len(found)}; every weight is read once to compare them"]
     lines += [f"left out: {left.model}: {left.reason}" for left in config.left_out]
-    shapes = _shapes(found)
+    shapes = models_of_one_shape(found)
     if len(shapes) > 1:
         told = "; ".join(f"{', '.join(names)}: {what}" for what, names in shapes.items())
         lines.append(f"kinds that cannot be merged with each other: {told}")
     if config.only == "clusters":
         return (*lines, "writes clusters.json and similarity.npz, no weights")
     most = max(map(len, shapes.values()), default=len(found))
-    tried = config.budget or _tried(config, most)
+    most_tried = tried(config, most)
     again = "" if len(shapes) < 2 else " each"
     lines.append(
-        f"merges tried in memory, at most{again}: {tried}, each on the search rows until it is clearly worse "
+        f"merges tried in memory, at most{again}: {most_tried}, each on the search rows until it is clearly worse "
         f"({config.search.type})"
     )
     mixtures = [m.name for m in config.mixtures] if config.only is None else []
@@ -51,14 +51,16 @@ def glue_notes(config: GlueConfig, inputs: Mapping[str, ResolvedInput]) -> tuple
     return tuple(lines)
 
 
-def _tried(config: GlueConfig, models: int) -> int:
-    """Merges that a search tries without a budget of its own."""
+def tried(config: GlueConfig, models: int) -> int:
+    """Merges that a search of some models tries at most."""
+    if config.budget:
+        return config.budget
     grid = len(getattr(config.search, "grid", ()) or (0,))
     own = getattr(config.search, "budget", None) or getattr(config.search, "steps", None)
     return int(own) if own else max(0, models - 1) * grid
 
 
-def _shapes(found: Mapping[str, ResolvedInput]) -> dict[str, list[str]]:
+def models_of_one_shape(found: Mapping[str, ResolvedInput]) -> dict[str, list[str]]:
     """Models by what their configurations say of their shape."""
     shapes: dict[str, list[str]] = {}
     for name, item in found.items():

@@ -17,7 +17,7 @@ from honeloom.checkpoint.folders import read_config
 from honeloom.config.base import DEFAULT_MAX_TOKENS, Config, VerbConfig
 from honeloom.config.load import parse_scalar
 from honeloom.dropping.config import DropConfig
-from honeloom.errors import CheckpointError, ConfigError, HoneloomError
+from honeloom.errors import CheckpointError, HoneloomError
 from honeloom.federated.continuation import follows
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.federated.privacy import exposure_of, mode_of
@@ -27,7 +27,6 @@ from honeloom.planning import FSDP_PROFILE
 from honeloom.planning.disk import SMALL_FILES, tuning_bytes
 from honeloom.planning.memory import CUDA_CONTEXT, Decoder, Work, peak_memory, read_decoder
 from honeloom.registry import load_target
-from honeloom.runs.log import Console
 from honeloom.selection.config import SelectConfig
 from honeloom.stages.drop_notes import drop_notes
 from honeloom.stages.export_source import export_needs, export_notes
@@ -39,13 +38,13 @@ from honeloom.tuning.config import TuneConfig, TuneOptimizer
 from honeloom.types.plans import Needs, Setting, StagePlan
 from honeloom.zoo.config import GlueConfig
 
-__all__ = ["describe_needs", "plan_job", "work_of"]
+__all__ = ["describe_needs", "on_gpu", "plan_job", "work_of"]
 
 SHARDS = 8
 """GPUs of the sharded setting in the table."""
 
 
-def plan_job(job: Job, name: str, state: str, *, calibrate: bool = False, console: Console | None = None) -> StagePlan:
+def plan_job(job: Job, name: str, state: str) -> StagePlan:
     """Describe a job for `--dry-run`, with what it needs unless it is finished.
 
     Parameters
@@ -54,30 +53,11 @@ def plan_job(job: Job, name: str, state: str, *, calibrate: bool = False, consol
         From `prepare`.
     name, state : str
         Of the stage: its name, and "run" or "reuse".
-    calibrate : bool
-        Whether to read the rows and time a few steps of a tuning, which imports torch.
-    console : Console, optional
-        For the progress of that.
-
-    Raises
-    ------
-    ConfigError
-        Something other than a tuning is to be calibrated, or its model is not here.
     """
     plan = job.plan(name, state)
     if state == "reuse":
         return plan
-    needs = describe_needs(job)
-    if calibrate:
-        if job.verb.name != "tune":
-            raise ConfigError(f"--calibrate times the steps of tune, and this is {job.verb.name}; leave it out")
-        if missing := ", ".join(i.value for i in job.inputs.values() if not i.paths):
-            raise ConfigError(f"--calibrate needs a known model and its rows here; not downloaded yet: {missing}")
-        if needs is None or needs.unknown:
-            raise ConfigError(f"--calibrate needs a known model: {needs.unknown if needs else 'there is none'}")
-        tokens, steps, seconds = load_target("honeloom.stages.calibrate:calibrate")(job.config, job.inputs, console)
-        needs = replace(needs, tokens=tokens, steps=steps, seconds=seconds)
-    return replace(plan, needs=needs, notes=_notes(job))
+    return replace(plan, needs=describe_needs(job), notes=_notes(job))
 
 
 def describe_needs(job: Job) -> Needs | None:
@@ -102,7 +82,7 @@ def describe_needs(job: Job) -> Needs | None:
         _require_usable(job, stored)
     except HoneloomError as error:
         return Needs(unknown=str(error))
-    gpu, tune = _on_gpu(config), job.verb.name == "tune"
+    gpu, tune = on_gpu(config), job.verb.name == "tune"
     work = work_of(config, settings, gpu=gpu)
     others = _tuning_settings(work, stored) if tune else _inference_settings(work, stored)
     memory = peak_memory(decoder, work)
@@ -169,7 +149,7 @@ def _require_usable(job: Job, stored: str | None) -> None:
         raise CheckpointError(f"its weights are quantised, which {doing} refuses; use the model that it was made from")
 
 
-def _on_gpu(config: VerbConfig) -> bool:
+def on_gpu(config: VerbConfig) -> bool:
     """Whether the job would run on a GPU, as far as can be told without loading torch."""
     if config.device == "auto":
         return shutil.which("nvidia-smi") is not None

@@ -21,6 +21,7 @@ from honeloom.runs.manifest import find_damage, load_manifest
 from honeloom.runs.output import Mode, Output, is_complete, locate, open_output
 from honeloom.runs.redact import redact, redact_tree
 from honeloom.runs.signals import terminate_cleanly
+from honeloom.stages.costs import Entry, with_costs
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
 from honeloom.stages.needs import plan_job
 from honeloom.stages.references import check_references
@@ -80,21 +81,24 @@ def run_recipe(
     return load_report(out)
 
 
-def plan_recipe(recipe: Recipe, out: Path) -> list[StagePlan]:
-    """Say what `run_recipe` would do; loads no weights and writes nothing."""
+def plan_recipe(
+    recipe: Recipe, out: Path, *, calibrate: bool = False, console: Console | None = None
+) -> list[StagePlan]:
+    """Say what `run_recipe` would do and cost; loads no weights of the recipe's models and writes nothing."""
     out = locate(out)
     steps = resolve_steps(recipe, out)
     check_references(steps)
     resolver = Resolver(fetch=False, pending={str(s.folder): s.name for s in steps})
-    plans = []
+    entries = []
     for step in steps:
         job = prepare(step.verb, step.config, resolver)
         state = "run"
         if is_complete(step.folder, job.key):
             state = "reuse"
             _place(resolver, step, step.folder, load_report(step.folder))
-        plans.append(replace(plan_job(job, step.name, state), **_place_in_sweep(recipe, step)))
-    return plans
+        planned = replace(plan_job(job, step.name, state), **_place_in_sweep(recipe, step))
+        entries.append(Entry(job, planned, str(step.folder)))
+    return with_costs(entries, calibrate=calibrate, console=console)
 
 
 def _place_in_sweep(recipe: Recipe, step: Step) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ from honeloom.backends.hf.load import load_config, load_tokenizer, max_positions
 from honeloom.backends.hf.score import Scorer
 from honeloom.data.reader import read_rows
 from honeloom.data.rowset import RowSet
-from honeloom.data.sources import RowFile
 from honeloom.data.writer import convert_rows, row_ending
-from honeloom.errors import ConfigError, OutputExistsError, RowsError, SourceError, TemplateError
+from honeloom.errors import ConfigError, OutputExistsError, SourceError, TemplateError
 from honeloom.runs.atomic import fsync_dir
 from honeloom.stages.inputs import resolve_model, resolve_rows
+from honeloom.stages.row_split import place_of, read_split
 from honeloom.stages.work import Work
 from honeloom.types.rows import Rejected, Row
 
@@ -36,22 +35,6 @@ def scan(work: Work[Any], *, field: str = "rows", near_duplicates: float | None 
     )  # fmt: skip
     tell_rejected(work, rows)
     return rows
-
-
-def read_split(files: Sequence[RowFile], *, split: tuple[float, float] | None, **reading: Any) -> RowSet:
-    """Read the rows whose id lies in [start, stop) of `split`, or all; `reading` is of `RowSet.scan`."""
-    rows = RowSet.scan(files, **reading)
-    if split is None:
-        return rows
-    chosen = [i for i, row_id in enumerate(rows.ids) if split[0] <= place_of(row_id) < split[1]]
-    if not chosen:
-        raise RowsError(f"split {split[0]}-{split[1]}: none of the {len(rows)} rows lies in it; widen it")
-    return rows.take(chosen)
-
-
-def place_of(row_id: str) -> float:
-    """Place of an id in [0, 1): its SHA-256 in hex, read from the last digit."""
-    return int(hashlib.sha256(row_id.encode()).hexdigest()[:-14:-1], 16) / 16**13
 
 
 def tell_rejected(work: Work[Any], rows: RowSet) -> None:

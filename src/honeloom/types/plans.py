@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["DropPlan", "Needs", "Noise", "Scores", "SelectPlan", "Setting", "StagePlan"]
+__all__ = [
+    "DropPlan", "Needs", "Noise", "PlannedCost", "Scores", "SelectPlan", "Setting", "StagePlan", "Volume",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,77 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
+class Volume:
+    """How much a stage does, counted before it runs.
+
+    Attributes
+    ----------
+    unknown : str or None
+        Why nothing can be counted; then the rest is 0.
+    rows, tokens : int
+        Rows that are read, usable ones, and their tokens, each row once.
+    forward_tokens, train_tokens : int
+        Tokens that pass through the model without gradients, and with them, repeats counted.
+    steps : int
+        Optimizer steps of all tunings.
+    evaluations : int
+        Measurements of a model by a search, a valuation, a choice of layers or the clients of a federation.
+    bytes_read, bytes_written : int
+        Of weights.
+    predicted : bool
+        Whether rows come from an earlier stage that has not run, so that their number is a prediction.
+    counted : bool
+        Whether tokens were counted row by row; else they are an estimate from some rows.
+    at_most : bool
+        Whether it may end sooner: a search that stops, a budget that need not be spent.
+    notes : tuple of str
+        What is not counted.
+    """
+
+    unknown: str | None = None
+    rows: int = 0
+    tokens: int = 0
+    forward_tokens: int = 0
+    train_tokens: int = 0
+    steps: int = 0
+    evaluations: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    predicted: bool = False
+    counted: bool = False
+    at_most: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCost:
+    """What a stage costs, before it runs; all of it an estimate.
+
+    Attributes
+    ----------
+    memory_bytes : int or None
+        Peak of the process up to and with this stage, libraries included; on a GPU of its memory.
+    disk_bytes : int
+        What stays of the result.
+    download_bytes : int or None
+        Weights that are not here yet; None where their size is not known.
+    seconds, cpu_seconds : float or None
+        Where they were calibrated: elapsed, and of the processor.
+    parts : mapping
+        Elapsed seconds by what they are spent on.
+    """
+
+    memory_bytes: int | None = None
+    disk_bytes: int = 0
+    download_bytes: int | None = 0
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One line of `--dry-run`: what a stage reads, does, and needs."""
+    """One line of `--dry-run`: what a stage reads, does, needs and costs."""
 
     stage: str
     verb: str
@@ -155,6 +226,8 @@ class StagePlan:
     notes: tuple[str, ...] = ()
     points: tuple[int, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
+    volume: Volume | None = None
+    cost: PlannedCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; `points` and `values`, those of a sweep that a stage is part of, only in one."""

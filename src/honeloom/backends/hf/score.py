@@ -127,14 +127,14 @@ class Scorer:
     def losses(self, rows: Iterable[Row], *, with_prompt: bool = True) -> Iterator[tuple[Row, RowLoss]]:
         """Yield every row with its loss, in order; rows that cannot be rendered go to `unscored`."""
         for window in windows(self._encode(rows, with_prompt), self.batch_size * WINDOW):
-            sums = self._sums([encoded for _, encoded in window])
+            sums = self.sums([encoded for _, encoded in window])
             for (row, encoded), total in zip(window, sums, strict=True):
                 yield row, RowLoss(total, encoded.targets, encoded.chars, encoded.truncated)
 
     def choices(self, rows: Iterable[Row]) -> Iterator[tuple[Row, ChoiceScore]]:
         """Yield every multiple-choice row with the losses of its choices, in order."""
         for window in windows(((r, self._marked_choices(r)) for r in rows), self.batch_size * 8):
-            sums = iter(self._sums([e for _, options in window for e in options]))
+            sums = iter(self.sums([e for _, options in window for e in options]))
             for row, options in window:
                 losses = tuple(next(sums) for _ in options)
                 yield row, ChoiceScore(losses, tuple(e.chars for e in options), tuple(e.targets for e in options))
@@ -165,7 +165,7 @@ class Scorer:
         options = self.encoder.encode_choices(row)
         return [replace(e, prompt=e.scored.index(True)) if self._routes else e for e in options]
 
-    def _sums(self, encoded: Sequence[Encoded]) -> list[float]:
+    def sums(self, encoded: Sequence[Encoded]) -> list[float]:
         """Summed loss of each, computed in batches of similar length."""
         order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i))
         sums = [0.0] * len(encoded)
