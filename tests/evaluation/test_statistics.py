@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from honeloom.evaluation.statistics import Estimate, macro_mean, paired_bootstrap, ratio_mean
+from honeloom.evaluation.statistics import Estimate, macro_bootstrap, macro_mean, paired_bootstrap, ratio_mean
 
 
 def test_mean_with_equal_weights_is_the_ordinary_standard_error():
@@ -58,3 +58,14 @@ def test_bootstrap_interval_is_that_of_the_normal_theory_and_repeats():
     assert (got.high - got.low) / 2 == pytest.approx(expected, rel=0.1)
     assert got == paired_bootstrap(one, other, np.ones(400), seed=7)
     assert got != paired_bootstrap(one, other, np.ones(400), seed=8)
+
+
+def test_rows_without_tokens_do_not_unmake_the_interval_of_a_small_domain():
+    one = np.array([[2.0, 1.0], [0.0, 0.0], [0.0, 0.0], [4.0, 2.0], [9.0, 3.0]])
+    other = np.array([[3.0, 1.0], [0.0, 0.0], [0.0, 0.0], [6.0, 2.0], [6.0, 3.0]])
+    domains, shares = ["a", "a", "a", "b", "b"], {"a": 0.5, "b": 0.5}
+    got = macro_bootstrap(one, other, domains, shares)
+    assert got.difference == pytest.approx(0.5 * (2 - 3) + 0.5 * (13 / 5 - 12 / 5))
+    assert np.isfinite([got.low, got.high]).all()
+    assert got.low <= got.difference <= got.high
+    assert got.n == 3
