@@ -15,7 +15,9 @@ from honeloom.backends.gguf_model import GgufModel
 from honeloom.checkpoint.folders import copy_tokenizer
 from honeloom.checkpoint.gguf.quant import FILE_TYPES
 from honeloom.errors import ConfigError, InputError, OutOfSpaceError, OutputExistsError, VerificationError
+from honeloom.runs.manifest import load_manifest
 from honeloom.stages.export_source import open_export
+from honeloom.stages.publish import _files
 
 SIDE = {"report.json", "recipe.lock.yaml", "inputs.json", "environment.json", "events.jsonl", "README.md"}
 
@@ -59,7 +61,10 @@ def test_bf16_weights_are_held_exactly_and_the_template_goes_along(shared_data, 
     report = honeloom.export(shared_data / "models" / "base6m", tmp_path / "out")
     assert report.metric("logits_gap").value < 1e-4 and abs(report.metric("kl").value) < 1e-8
     assert report.details["chat_template"] and "3 conversations" in report.verification[-1].claim
-    assert (tmp_path / "out" / "README.md").read_text().count("gguf") >= 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- gguf" in card and "library_name" not in card
+    pushed = dict(_files(tmp_path / "out", load_manifest(tmp_path / "out")))
+    assert pushed["model.gguf"] == tmp_path / "out" / "model.gguf" and "README.md" in pushed
 
 
 def test_a_tokenizer_that_cannot_be_said_is_told(shared_data, tmp_path):

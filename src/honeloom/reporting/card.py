@@ -146,11 +146,13 @@ def _front_matter(
     if licence := only_licence(union):
         front["license"] = licence
     datasets = sorted({i.value.partition("@")[0] for i in inputs if i.kind == "rows" and i.revision})
-    if relation:
+    if report.artefact and report.artefact.kind == "gguf":
+        front["tags"].append("gguf")
+    elif relation:
         front["library_name"] = "peft" if relation == "adapter" else "transformers"
-        if parents:
-            front["base_model"] = parents
-            front["base_model_relation"] = relation
+    if relation and parents:
+        front["base_model"] = parents
+        front["base_model_relation"] = relation
     if datasets:
         front["datasets"] = datasets
     return front

@@ -74,7 +74,7 @@ def export_notes(config: ExportConfig, inputs: Mapping[str, ResolvedInput]) -> t
     except HoneloomError as error:
         return (f"would be refused: {error}",)
     if described is None:
-        return ("which architecture holds it depends on its weights, so it is decided when they are read",)
+        return ("its architecture follows from its weights or from what was dropped, so it is decided while writing",)
     size = sum(type_bytes(t) for t in retyped(described.tensors, config.quant))
     arch, vocabulary = described.keys["general.architecture"], described.keys["tokenizer.ggml.model"]
     return (
