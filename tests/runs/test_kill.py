@@ -168,9 +168,9 @@ def test_two_selections_killed_at_every_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, two_selections(rows, 2)))
 
 
-def test_a_sweep_killed_at_every_fifth_commit_point(tmp_path, rows):
+def test_a_sweep_killed_at_every_eleventh_commit_point(tmp_path, rows):
     """Two of its points share a stage, whose settings come out the same."""
-    check_every_kill(Scene(tmp_path, f"{two_selections(rows, 2)}sweep: {{pick.keep: [50%, 6]}}\n"), every=5)
+    check_every_kill(Scene(tmp_path, f"{two_selections(rows, 2)}sweep: {{pick.keep: [50%, 6]}}\n"), every=11)
 
 
 def test_a_replaced_run_killed_at_every_commit_point(tmp_path, rows):

@@ -21,7 +21,7 @@ def headline_panel(stages: Sequence[tuple[str, Report]], run: Report) -> Panel |
     Of a sweep, those that all points share and those of points that nothing beats, as far as there are colours.
     """
     evaluations = [(name, r) for name, r in stages if r.verb == "evaluate" and r.metrics]
-    if sweep := run.details.get("sweep"):
+    if sweep := run.details.get("sweep") if run.verb == "run" else None:
         best = {s for p in sweep["points"] if p["pareto"] for s in p["stages"].values()}
         evaluations = [(name, r) for name, r in evaluations if name in best][: len(SERIES)]
     if not evaluations:
@@ -100,7 +100,7 @@ def _alt(name: str, columns: dict[str, Column]) -> str:
 
 def sweep_panel(report: Report) -> Panel | None:
     """The points of a sweep: values, objectives, and those that no other point beats; two objectives as a chart."""
-    sweep = report.details.get("sweep")
+    sweep = report.details.get("sweep") if report.verb == "run" else None  # select has one of depths
     if not sweep:
         return None
     points, objectives = sweep["points"], sweep["objectives"]
