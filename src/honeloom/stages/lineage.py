@@ -72,7 +72,7 @@ def trace(
         entry = {**_entry(node), "touched": touched.get(node, UNTOUCHED)}
         stages[node.outside].append({**entry, "row": entry["touched"]} if kind == "row" else entry)
     again = [n for n in touched if n not in direct.kept]
-    commands = _commands(again, direct, kind, what) if direct.start is None else []
+    commands = _commands(again, graph, direct, kind, what) if direct.start is None else []
     found |= {"stages": stages[False], "outside": stages[True]}
     found |= {"rebuild": [n.name for n in again], "commands": commands}
     if direct.start is not None:
@@ -298,7 +298,7 @@ _DIRECT: dict[str, Callable[[Graph, str], Direct]] = {
 # --- what to do
 
 
-def _commands(again: list[Node], direct: Direct, kind: str, what: str) -> list[str]:
+def _commands(again: list[Node], graph: Graph, direct: Direct, kind: str, what: str) -> list[str]:
     """How everything touched is made again without the thing: a command per run or single result, in order."""
     made: dict[Path, Path] = {}
     commands, seen = [], set[Path]()
@@ -311,7 +311,7 @@ def _commands(again: list[Node], direct: Direct, kind: str, what: str) -> list[s
         settings = (
             ["--withdraw", what] if kind == "row" else [s for n in mine for s in _settings(n, direct, kind, what)]
         )
-        moved = [s for n in mine for s in _moved(n, made)]
+        moved = [s for n in mine for s in _moved(n, graph, made)]
         target = home if node.run else home.with_name(f"{home.name}-again")
         if not node.run:
             made[home] = target / "stages" / f"1-{node.report.verb}"
@@ -334,15 +334,15 @@ def _settings(node: Node, direct: Direct, kind: str, what: str) -> list[str]:
     return [part for place in direct.settings.get(node, ()) for part in ("--set", f"{stage}.{place}=OTHER")]
 
 
-def _moved(node: Node, made: Mapping[Path, Path]) -> list[str]:
+def _moved(node: Node, graph: Graph, made: Mapping[Path, Path]) -> list[str]:
     """Inputs that an earlier command makes anew elsewhere."""
-    stage = _stage_of(node)
+    stage, parents = _stage_of(node), graph.parents[node]
     return [
         part
-        for entry in node.reads
-        for old, new in made.items()
-        if any(p == old or old in p.parents for p in inputs_of(entry, node))
-        for part in ("--set", f"{stage}.{entry['place']}={new}")
+        for parent, places in parents.items()
+        if (parent.run or parent.folder) in made
+        for place in places
+        for part in ("--set", f"{stage}.{place}={made[parent.run or parent.folder]}")
     ]
 
 
