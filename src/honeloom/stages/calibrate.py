@@ -14,13 +14,14 @@ from honeloom.stages.runner import Job
 from honeloom.stages.trials import Trials, trial_of
 from honeloom.stages.volumes import Counted
 from honeloom.stages.volumes.reading import Shape, Tokens
+from honeloom.system import peak_rss
 from honeloom.types.rows import Row
 
 __all__ = ["Calibration", "require_timeable"]
 
 MOST_ROWS = 20_000
 """Rows that are made to tokens to count them; of more, so many are looked at."""
-SCORED_BATCHES = 4
+SCORED_BATCHES = 2
 """On which a scoring pass is timed."""
 GRADIENTS_ONLY = 0.95
 """Of a step with its optimizer, where there is none."""
@@ -52,6 +53,7 @@ class Calibration:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._trials = Trials()
+        self._tried: set[str] = set()
         self._started: set[str] = set()
         self._rates: dict[Any, Timing] = {}
         self._benches: dict[Any, Any] = {}
@@ -62,9 +64,11 @@ class Calibration:
     def try_out(self, job: Job) -> int:
         """Make the trial that stands for a stage; peak resident bytes of the process behind it."""
         name = trial_of(job)
-        if name not in self._started:
+        if name not in self._tried:
             self._console.say(f"calibrate: {name} on the lab")
-        return self._trials[name].memory
+            self._tried.add(name)
+        self._trials.cold(name)
+        return peak_rss()
 
     def count(self, rows: Iterable[Row], shape: Shape, max_length: int | None) -> Tokens:
         """Tokens of rows as the model's own tokenizer and template make them; how long that takes is noted.
@@ -105,17 +109,16 @@ class Calibration:
             parts["read and write weights"] = weights
         if counted.client_rounds:
             layers = counted.shapes["model"].layers
-            parts["rounds"] = self._trials[trial_of(job)].round * (layers * counted.client_rounds)
+            parts["rounds"] = self._trials.round(trial_of(job)) * (layers * counted.client_rounds)
         return parts, sum(parts.values(), Timing())
 
     def _start(self, job: Job, counted: Counted) -> Timing:
         """Imports where they come first, and what the verb takes beside its passes; verbs inside it the same."""
         name = trial_of(job)
-        trial = self._trials[name]
-        total = trial.warm if name in self._started else trial.cold
+        total = self._trials.warm(name) if name in self._started else self._trials.cold(name)
         self._started.add(name)
         for inner, times in counted.inner.items():
-            total += self._trials[inner].warm * times
+            total += self._trials.warm(inner) * times
         return total
 
     @property

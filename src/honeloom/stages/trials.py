@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,14 @@ from honeloom.selection.config import SelectConfig
 from honeloom.stages.inputs import Resolver
 from honeloom.stages.runner import Job, prepare
 from honeloom.stages.work import Work
-from honeloom.system import peak_rss
 from honeloom.tuning.config import TuneConfig
 from honeloom.verbs import VERBS
 
-__all__ = ["Trial", "Trials", "trial_of"]
+__all__ = ["Trials", "trial_of"]
 
 MODEL, ROWS, LIMIT = "lab:base", "lab:dev", 8
 LAB_LAYERS = 8
 _MORE_ROUNDS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """Seconds of a verb with next to no work.
-
-    Attributes
-    ----------
-    cold, warm : Timing
-        The first time in this process, with imports, and again.
-    memory : int
-        Peak resident bytes of the process behind it.
-    round : Timing
-        Of a federation, what one client in one round takes beside its passes, per layer.
-    """
-
-    cold: Timing
-    warm: Timing
-    memory: int
-    round: Timing = field(default_factory=Timing)
 
 
 def trial_of(job: Job) -> str:
@@ -97,36 +75,45 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Trials:
-    """Trials that were made, by name; each is made once."""
+    """Trials of verbs, each made once: the first time in this process, with imports, and again where that matters."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Trial] = {}
+        self._cold: dict[str, Timing] = {}
+        self._warm: dict[str, Timing] = {}
+        self._rounds: dict[str, Timing] = {}
 
-    def __getitem__(self, name: str) -> Trial:
-        if name not in self._known:
-            self._known[name] = _try(name)
-        return self._known[name]
+    def cold(self, name: str) -> Timing:
+        """Seconds of a verb with next to no work, the first time."""
+        if name not in self._cold:
+            self._cold[name] = _try(name, {})
+        return self._cold[name]
+
+    def warm(self, name: str) -> Timing:
+        """The same again."""
+        if name not in self._warm:
+            self.cold(name)
+            self._warm[name] = _try(name, {})
+        return self._warm[name]
+
+    def round(self, name: str) -> Timing:
+        """Of a federation: what one client takes in one round, per layer, with next to no steps."""
+        if name not in self._rounds:
+            longer = _try(name, {"rounds": _MORE_ROUNDS}).less(self.warm(name))
+            clients = _SETTINGS[name]["partition"]["n"] * (_MORE_ROUNDS - 1)
+            self._rounds[name] = longer * (1 / clients / LAB_LAYERS)
+        return self._rounds[name]
 
 
-def _try(name: str) -> Trial:
-    settings = _SETTINGS[name]
+def _try(name: str, changes: Mapping[str, Any]) -> Timing:
     with tempfile.TemporaryDirectory(prefix="honeloom-plan-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that is thrown away
-        out = Path(folder)
-        cold, warm = (_run(name, settings, out / part) for part in ("cold", "warm"))
-        round_ = Timing()
-        if name.startswith("federate"):
-            longer = _run(name, {**settings, "rounds": _MORE_ROUNDS}, out / "longer")
-            clients = settings["partition"]["n"] * (_MORE_ROUNDS - 1)
-            round_ = longer.less(warm) * (1 / clients / LAB_LAYERS)
-    return Trial(cold, warm, peak_rss(), round_)
+        return _run(name, {**_SETTINGS[name], **changes}, Path(folder))
 
 
 def _run(name: str, settings: Mapping[str, Any], folder: Path) -> Timing:
     """The verb's own work: what `report.cost` tells, without pages and locks."""
     verb = VERBS[name.partition(",")[0]]
     config = validate(load_target(verb.config), settings, what=f"trial of {verb.name}")
-    folder.mkdir()
     work: Work[Any] = Work(
         config, folder, prepare(verb.name, config, Resolver()).inputs, Log(QuietConsole()), shown=folder
     )

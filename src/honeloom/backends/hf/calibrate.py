@@ -30,7 +30,7 @@ __all__ = ["Bench", "byte_timings", "make_rows", "timed"]
 
 WHOLE = 32_000_000
 """Weights up to which a model is timed whole, so that nothing is extended."""
-STEPS = (3, 12)
+STEPS = (2, 12)
 """Steps that are timed, at least and at most; one before them warms up."""
 ENOUGH = 0.8
 """Seconds that are enough for one rate."""
@@ -139,7 +139,7 @@ class Bench:
         def measure(model: Any) -> Timing:
             scorer = Scorer(model.eval(), _Limit(max(len(r.ids) for r in rows)), batch)  # type: ignore[arg-type]
             with one_thread(self.device) if alone else nullcontext():
-                timings = [timed(lambda: scorer.sums(rows), self.device)]
+                timings = [timed(lambda: scorer.sums(rows[:batch]), self.device)]
                 while len(timings) < 2 or (len(timings) < 6 and sum(t.seconds for t in timings) < ENOUGH):
                     timings.append(timed(lambda: scorer.sums(rows), self.device))
             return _median(timings[1:])
