@@ -226,8 +226,6 @@ def test_calibration_counts_the_tokens_that_tuning_sees(tmp_path, tiny_model, ro
     for name, changes in {"4bit": {"load_in": "4bit"}}.items():
         with pytest.raises(ConfigError, match="leave --load-in out"):
             honeloom.plan("tune", calibrate=True, **settings, **changes), name
-    with pytest.raises(ConfigError, match="this is evaluate"):
-        honeloom.plan("evaluate", calibrate=True, model=tiny_model, rows=rows)
 
 
 def test_calibrate_without_a_plan_is_refused(tiny_model, rows, capsys):

@@ -61,7 +61,8 @@ def with_costs(entries: Sequence[Entry], *, calibrate: bool = False, console: Co
         Something cannot be timed: a model that is not here, or quantised weights.
     """
     timing = _Calibrated(entries, console or QuietConsole()) if calibrate else None
-    reader = PlanReader(timing.count if timing else estimate_tokens, timing.most_rows if timing else SAMPLE)
+    count, most = (timing.count, timing.most_rows) if timing else (estimate_tokens, SAMPLE)
+    reader = PlanReader(count, most, exact=calibrate)
     plans, peak = [], 0
     for place, entry in enumerate(entries):
         if entry.plan.state == "reuse":

@@ -110,12 +110,14 @@ class PlanReader:
     ----------
     count : callable
         (rows, model, tokens per row at most) -> Tokens.
-    sample : int or None
-        Rows that are looked at; None: all of them.
+    sample : int
+        Rows that are looked at, at most.
+    exact : bool
+        Whether `count` is exact, and no estimate.
     """
 
-    def __init__(self, count: TokenCounter, sample: int | None) -> None:
-        self._count, self._sample = count, sample
+    def __init__(self, count: TokenCounter, sample: int, *, exact: bool = False) -> None:
+        self._count, self._sample, self._exact = count, sample, exact
         self._made: dict[str, Made] = {}
         self._pools: dict[Any, Pool] = {}
         self._lengths: dict[Any, Lengths] = {}
@@ -190,12 +192,12 @@ class PlanReader:
         key = (id(pool.table), shape.tokenizer, max_length)
         if key not in self._lengths:
             table, everything = pool.table, len(pool.table)
-            seen = everything if self._sample is None else min(self._sample, everything)
+            seen = min(self._sample, everything)
             places = sorted({(2 * k + 1) * everything // (2 * seen) for k in range(seen)})
             found = self._count(table.take(places), shape, max_length)
             usable = everything if not found.left_out else everything * len(found.tokens) // max(1, len(places))
             self._lengths[key] = Lengths.of(
-                usable, found.tokens, found.targets, found.scored, counted=self._sample is None
+                usable, found.tokens, found.targets, found.scored, counted=self._exact and seen == everything
             )  # fmt: skip
         looked = self._lengths[key]
         if pool.count == len(pool.table):
