@@ -164,7 +164,7 @@ part out. The largest deviation as it runs is {worst}.
 |---|---|---|---|---|---|---|
 {memory}
 
-Seconds of 30 steps on base6m and 473 rows: `--calibrate` (one- and two-layer slices with random weights), the mean of
+Seconds of 30 steps on base6m and 473 rows: `--calibrate` (steps on random weights), the mean of
 one before and one after, against the tuning run between them. A ratio is worth as
 much as the cores were quiet: with other work on them one of an earlier run was 0.37.
 

@@ -118,13 +118,14 @@ def main() -> None:
 TEXT = """# Planned and measured: seconds, memory and disk of whole recipes
 
 Command: `python benchmarks/planning/recipes.py`. `honeloom run RECIPE --dry-run --calibrate`, then the run, each in a
-process of its own, on a two-core machine without a GPU that other work shared. The yardstick is therefore the time of the
-processor (`cost.cpu_seconds`), with one thread; elapsed seconds stand beside it and are worth as much as the cores were
-quiet. `demo` is the built-in lab's; the others run on base6m (6 million weights) and 5,559 instruction
-rows, `real` with 30 steps.
+process of its own, on a two-core machine without a GPU that other work shared. The yardstick is therefore the time of
+the processor (`cost.cpu_seconds`), with one thread; elapsed seconds stand beside it and are worth as much as the cores
+were quiet. `demo` is the built-in lab's; the others run on base6m (6 million weights) and 5,559 instruction rows,
+`real` with 30 steps.
 
-Medians of how far the plan was from what was measured: {recipe_off} of a recipe's seconds; {stage_off} of a stage's, over the
-{judged} stages that took {short:.0f} seconds or more; {memory_off} of peak memory and {disk_off} of disk, over all stages.
+Medians of how far the plan was from what was measured: {recipe_off} of a recipe's seconds; {stage_off} of a stage's,
+over the {judged} stages that took {short:.0f} seconds or more; {memory_off} of peak memory and {disk_off} of disk, over
+all stages.
 
 | recipe | planned cpu s | measured | ratio | planned s | measured |
 |---|---|---|---|---|---|
@@ -132,7 +133,7 @@ Medians of how far the plan was from what was measured: {recipe_off} of a recipe
 
 By stage; memory and disk in MB. Peak memory is that of the process up to and with the stage.
 
-| recipe | stage | planned cpu s | measured | ratio | planned s | measured | memory planned | measured | ratio | disk planned | measured | ratio |
+| recipe | stage | plan cpu s | real | ratio | plan s | real | plan memory | real | ratio | plan disk | real | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 {stages}
 
