@@ -1,6 +1,6 @@
 """From raw rows to a smaller model that is better at one domain, by one recipe; and the recipe without each stage.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/loop/loop.py [--data DIR] [--out DIR]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/loop/run.py [--data DIR] [--out DIR]
 
 Makes the rows, runs loop.yaml on base6m, then variants of it that lack one stage each, and writes RESULT.md. --data
 holds models/ and instruct/ (default: ../shared/data beside the repository). Every run is kept in --out (default
@@ -244,7 +244,7 @@ def write_page(file: Path, out: Path, seconds: float) -> None:
 
 PAGE = """# The whole loop
 
-Command: `OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/loop/loop.py`. {machine}.
+Command: `OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/loop/run.py`. {machine}.
 
 `loop.yaml`: rows are chosen from 3,527 mixed ones twice, by DaaR and by likeness to 24 rows of {target}; base6m is
 tuned on either; the two are merged with weights that 252 rows choose; three of twelve attentions are dropped and the
