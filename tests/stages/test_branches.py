@@ -60,6 +60,8 @@ stages:
   fed: {federate: {model: m, clients: [{id: a, rows: $pick}]}}
   groups: {glue: {models: [a, b], only: clusters}}
   score: {evaluate: {model: $adapter, rows: $pick}}
+  served: {export: {model: $full}}
+  file: {drop: {model: $full, attention: 1, calibration: $pick, profile: gguf}}
 """
 
 
@@ -88,6 +90,9 @@ stages:
         ),
         ("{drop: {model: $groups, attention: 1, calibration: $pick}}", "$groups is what glue makes (scores)"),
         ("{evaluate: {model: m, rows: $pick, against: $pick}}", "against takes a model or an adapter"),
+        ("{export: {model: $adapter}}", "takes a full model, and $adapter is an adapter"),
+        ("{evaluate: {model: $served, rows: $pick}}", "$served is what export makes (gguf)"),
+        ("{evaluate: {model: $file, rows: $pick}}", "$file is what drop makes (gguf)"),
     ],
 )
 def test_references_of_the_wrong_kind_are_refused_before_anything_runs(tmp_path, stage, message):

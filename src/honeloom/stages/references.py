@@ -11,7 +11,10 @@ from honeloom.errors import ConfigError
 
 __all__ = ["check_references", "made_by"]
 
-_NEEDS_FULL = {"tune": ("model",), "federate": ("model",), "drop": ("model",), "aggregate": ("into_base",)}
+_NEEDS_FULL = {
+    "tune": ("model",), "federate": ("model",), "drop": ("model",), "export": ("model",),
+    "aggregate": ("into_base",),
+}  # fmt: skip
 """Verb -> places where an adapter is no model."""
 _TAKES = {
     "model": ("model", "adapter"), "adapter": ("adapter",), "rows": ("rows",), "scores": ("rows",), "file": ("rows",),
@@ -20,7 +23,7 @@ _TAKES = {
 
 
 def made_by(step: Step) -> str | None:
-    """Kind of a stage's artefact as far as its settings tell: model, adapter, rows, scores; else None."""
+    """Kind of a stage's artefact as far as its settings tell: model, adapter, rows, scores, gguf; else None."""
     config: Any = step.config
     if step.verb == "tune":
         return "adapter" if config.method.type == "lora" else "model"
@@ -30,11 +33,13 @@ def made_by(step: Step) -> str | None:
         return "model" if config.into_base else "adapter"
     if step.verb == "glue":
         return "model" if config.only in (None, "merge") else "scores"
+    if step.verb == "drop":
+        return "scores" if config.only else "gguf" if config.profile == "gguf" else "model"
     return _MADE.get(step.verb)
 
 
 _MADE = {
-    "select": "rows", "extract-lora": "adapter", "merge": "model", "mix": "model", "drop": "model",
+    "select": "rows", "extract-lora": "adapter", "merge": "model", "mix": "model", "export": "gguf",
     "evaluate": "scores",
 }  # fmt: skip
 
