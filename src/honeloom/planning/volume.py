@@ -106,7 +106,7 @@ class Part:
     rendered : int
         Rows that are made to tokens for it.
     tuning : mapping
-        Of `train` and `backward`: settings as `tune` has them.
+        Of `train` and `backward`: settings as `tune` has them; of `score` those of adapters that the model has.
     model : str
         Place of the model among the stage's inputs.
     loop : {"trainer", "local"}
@@ -143,11 +143,17 @@ class Part:
 
 def score(
     what: str, lengths: Lengths, *, batch: int, times: float = 1.0, depth: float = 1.0, rendered: int | None = None,
-    model: str = "model", alone: bool = False,
+    model: str = "model", alone: bool = False, rank: int = 0,
 ) -> Part:  # fmt: skip
-    """Rows scored `times` times; they are made to tokens every time unless `rendered` says how many are."""
+    """Rows scored `times` times; they are made to tokens every time unless `rendered` says how many are.
+
+    `rank` is that of adapters which the model has beside its own weights.
+    """
+    tuning = {"method": {"type": "lora", "rank": rank}} if rank else {}
     drawn = round(lengths.rows * times) if rendered is None else rendered
-    return Part(what, "score", lengths, times, batch, depth=depth, rendered=drawn, model=model, alone=alone)
+    return Part(
+        what, "score", lengths, times, batch, depth=depth, rendered=drawn, tuning=tuning, model=model, alone=alone
+    )
 
 
 def train(

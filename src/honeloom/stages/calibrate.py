@@ -142,12 +142,12 @@ class Calibration:
         return read * loads + written * counted.volume.bytes_written
 
     def _passes(self, job: Job, part: Part, shape: Shape) -> Timing:
-        key = (shape.folder, part.kind, part.batch, repr(part.tuning), part.loop, part.alone,
+        key = (shape.folder, shape.kind, part.kind, part.batch, repr(part.tuning), part.loop, part.alone,
                part.lengths.sizes, part.lengths.scored_sizes, job.config.device, job.config.dtype)  # fmt: skip
         if key not in self._rates:
             self._console.say(f"calibrate: {part.what}")
             bench = self._bench(job, shape)
-            self._rates[key] = _scoring(bench, part) if part.kind == "score" else _step(bench, part, job)
+            self._rates[key] = _scoring(bench, part, shape) if part.kind == "score" else _step(bench, part, job)
         rate = self._rates[key]
         if part.kind == "score":
             count = part.tokens * part.depth
@@ -180,10 +180,19 @@ def _rows(bench: Any, lengths: Lengths, sizes: tuple[int, ...]) -> Callable[[int
     return lambda count: make(sizes, count, targets=share, vocabulary=bench.vocabulary)
 
 
-def _scoring(bench: Any, part: Part) -> Timing:
+def _scoring(bench: Any, part: Part, shape: Shape) -> Timing:
     rows = _rows(bench, part.lengths, part.lengths.scored_sizes)(max(8, SCORED_BATCHES * part.batch))
-    timing: Timing = bench.scoring(rows, part.batch, alone=part.alone)
+    rank = part.tuning["method"]["rank"] if part.tuning else _rank(shape)
+    add = load_target("honeloom.backends.hf.tune:add_lora")
+    settings = {"rank": rank, "alpha": None, "dropout": 0.0, "targets": "all-linear", "rslora": False}
+    adapted = {"prepare": lambda model: add(model, **settings)} if rank else {}
+    timing: Timing = bench.scoring(rows, part.batch, alone=part.alone, **adapted)
     return timing
+
+
+def _rank(shape: Shape) -> int:
+    """Of the adapters that a model has beside its weights, as their bytes tell; 0 without any."""
+    return max(1, round(shape.size / 4 / shape.decoder.adapter_widths)) if shape.kind == "adapter" else 0
 
 
 def _step(bench: Any, part: Part, job: Job) -> Timing:

@@ -122,7 +122,9 @@ class Bench:
         with torch.random.fork_rng(devices=[]):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).to(self.device)
 
-    def scoring(self, rows: Sequence[Encoded], batch: int, *, alone: bool) -> Timing:
+    def scoring(
+        self, rows: Sequence[Encoded], batch: int, *, alone: bool, prepare: Callable[[Any], Any] = lambda model: model
+    ) -> Timing:
         """Seconds per token of a pass without gradients.
 
         Parameters
@@ -133,11 +135,13 @@ class Bench:
             Rows per forward pass.
         alone : bool
             With one thread.
+        prepare : callable
+            Adds adapters: (model) -> model.
         """
         tokens = sum(len(row.ids) for row in rows)
 
         def measure(model: Any) -> Timing:
-            scorer = Scorer(model.eval(), _Limit(max(len(r.ids) for r in rows)), batch)  # type: ignore[arg-type]
+            scorer = Scorer(prepare(model).eval(), _Limit(max(len(r.ids) for r in rows)), batch)  # type: ignore[arg-type]
             with one_thread(self.device) if alone else nullcontext():
                 timings = [timed(lambda: scorer.sums(rows[:batch]), self.device)]
                 while len(timings) < 2 or (len(timings) < 6 and sum(t.seconds for t in timings) < ENOUGH):

@@ -280,7 +280,9 @@ def count_glue(job: Job, reader: PlanReader) -> Counted:
         evaluations=evaluations, at_most=True,
     )  # fmt: skip
     inner = {"merge": merged, "mix": len(mixtures), "evaluate": len(models) + 2 * (merged + len(mixtures))}
-    return Counted(volume, tuple(parts), shapes, made, written, dict.fromkeys(shapes, 2), inner=inner)
+    several = sum(len(names) > 1 for names in clusters.values())
+    stays = 0 if config.only == "search" else each * (1 + several)  # the root, and the merges that it was chosen from
+    return Counted(volume, tuple(parts), shapes, made, stays, dict.fromkeys(shapes, 2), inner=inner)
 
 
 def _scored(what: str, rows: Lengths, config: GlueConfig, place: str, times: int) -> Part:

@@ -136,7 +136,8 @@ def count_federate(job: Job, reader: PlanReader) -> Counted:
     told = 0 if config.privacy.dp is not None else 2 * times
     if told:
         mine = lengths.take(min(CLIENT_ROWS, max(1, lengths.rows // len(config.members()))))
-        parts.append(score("measure clients", mine, batch=config.batch_size, times=told, alone=True))
+        parts.append(score("measure clients", mine, batch=config.batch_size, times=told, alone=True,
+                           rank=max(c.largest_rank for c in config.members())))  # fmt: skip
     rank = max(c.largest_rank for c in config.members())
     rank *= len(config.members()) * config.rounds if config.aggregation.type == "flora" else 1
     size, made = tuned_size(shape, config.method, rank, config.dtype)

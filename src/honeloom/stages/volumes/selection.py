@@ -135,7 +135,7 @@ def _utility(
     """Tunings of a fixed number of steps, each scored on the development rows."""
     work.parts.append(train("tune on coalitions", played, steps=times * steps, batch=utility.batch_size,
                             tuning=_lora(utility.rank), alone=True))  # fmt: skip
-    work.parts.append(score("score tunings", dev, batch=size, times=times, alone=True))
+    work.parts.append(score("score tunings", dev, batch=size, times=times, alone=True, rank=utility.rank))
     work.evaluations += times
     work.loads += 1
 
