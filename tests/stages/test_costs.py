@@ -145,6 +145,13 @@ def test_what_cannot_be_timed_is_refused_before_anything_runs(rows, tiny_model, 
         honeloom.plan("evaluate", calibrate=True, **{"model": tiny_model, "rows": rows, **settings})
 
 
+def test_one_of_several_processes_times_nothing(rows, tiny_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="plan without a launcher"):
+        honeloom.plan("tune", calibrate=True, model=tiny_model, rows=rows)
+    assert volume("tune", model=tiny_model, rows=rows, batch_size=3).steps == 12 / 3 / 2
+
+
 def test_calibrate_without_a_plan_is_refused_by_run(recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli(["run", str(recipe), "--calibrate", "--output-dir", "never"])

@@ -10,6 +10,7 @@ from honeloom.planning.timing import Timing
 from honeloom.planning.volume import Lengths, Part
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
+from honeloom.runs.processes import world_size
 from honeloom.stages.runner import Job
 from honeloom.stages.trials import Trials, trial_of
 from honeloom.stages.volumes import Counted
@@ -33,8 +34,10 @@ def require_timeable(job: Job) -> None:
     Raises
     ------
     ConfigError
-        An input is not downloaded yet, or weights would be quantised.
+        An input is not downloaded yet, weights would be quantised, or this is one of several processes.
     """
+    if world_size() > 1:
+        raise ConfigError(f"--calibrate times one process, and WORLD_SIZE is {world_size()}; plan without a launcher")
     if missing := ", ".join(i.value for i in job.inputs.values() if i.missing):
         raise ConfigError(f"--calibrate needs a known model and its rows here; not downloaded yet: {missing}")
     if getattr(job.config, "load_in", None):

@@ -7,6 +7,7 @@ import math
 from honeloom.evaluation.config import EvaluateConfig
 from honeloom.federated.federate_config import FederateConfig
 from honeloom.planning.volume import Lengths, score, train
+from honeloom.runs.processes import world_size
 from honeloom.selection.config import SelectConfig
 from honeloom.selection.sizes import rows_to_keep
 from honeloom.stages.inputs import ResolvedInput
@@ -91,7 +92,7 @@ def count_tune(job: Job, reader: PlanReader) -> Counted:
     shape = reader.shape(job.inputs["model"])
     pool = reader.pool(rows_of(job, "rows"), config)
     lengths = reader.lengths(pool, shape, config.max_length)
-    per_step = config.batch_size * config.accumulate
+    per_step = config.batch_size * config.accumulate * world_size()
     if config.max_steps is not None:
         steps, rows = config.max_steps, config.max_steps * per_step
     else:
