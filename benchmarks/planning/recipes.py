@@ -34,10 +34,11 @@ RECIPES = {
 }
 
 
-def honeloom(*arguments: object) -> str:
-    """Run the command in a fresh process; what it printed."""
+def honeloom(*arguments: object, cache: Path) -> str:
+    """Run the command in a fresh process, with a cache of its own; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HONELOOM_CACHE": str(cache)}
     command = [sys.executable, "-m", "honeloom", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     return done.stdout
@@ -53,8 +54,8 @@ def measure(name: str, data: Path, folder: Path) -> list[dict[str, Any]]:
     if name == "real":
         given += ["--set", "tuned.max_steps=30"]
     out = folder / name
-    plan = json.loads(honeloom("run", *given, "--output-dir", out, "--dry-run", "--calibrate", "--json"))
-    report = json.loads(honeloom("run", *given, "--output-dir", out, "--json"))
+    plan = json.loads(honeloom("run", *given, "--output-dir", out, "--dry-run", "--calibrate", "--json", cache=folder))
+    report = json.loads(honeloom("run", *given, "--output-dir", out, "--json", cache=folder))
     found = []
     for planned, stage in zip(plan["stages"], report["details"]["stages"], strict=True):
         place = Path(stage["out"])

@@ -1,6 +1,6 @@
 """How much work a stage is: sums that can be done by hand."""
 
-from honeloom.planning.volume import QUANTILES, Lengths, backward, greedy_losses, score, totals, train
+from honeloom.planning.volume import QUANTILES, Lengths, backward, batch_sizes, greedy_losses, score, totals, train
 
 ROWS = Lengths.of(4, [10, 20, 30, 40], [2, 4, 6, 8], [[10], [20], [30], [40]], counted=True)
 
@@ -31,6 +31,16 @@ def test_quantiles_are_bounded_and_keep_both_ends():
     kept = Lengths.of(1000, sizes, sizes, [[n] for n in sizes], counted=True).sizes
     assert (len(kept), kept[0], kept[-1]) == (QUANTILES, 1, 1000)
     assert list(kept) == sorted(kept)
+
+
+def test_batches_of_a_pass_hold_rows_of_similar_length():
+    sizes = list(range(1, 65))
+    rows = Lengths.of(64, sizes, sizes, [[n] for n in sizes], counted=True)
+    assert batch_sizes(score("x", rows, batch=32), 4) == [sizes[:32], sizes[32:]]
+    some = batch_sizes(score("x", rows, batch=4), 2)
+    assert some == [[17, 18, 19, 20], [49, 50, 51, 52]]
+    assert batch_sizes(score("x", ROWS, batch=2), 4) == [[10, 20], [30, 40]]
+    assert batch_sizes(score("x", ROWS.take(2), batch=4), 4) == [[10, 20, 30, 40]]
 
 
 def test_passes_steps_and_gradients_add_up():

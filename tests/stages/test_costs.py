@@ -115,6 +115,13 @@ def test_evaluations_of_valuations_and_searches(tmp_path, tiny_model, other_mode
     assert greedy.evaluations == 3 + (1 + 4 + 3)
 
 
+def test_importances_that_are_known_are_not_measured_again(tmp_path, tiny_model, make_rows):
+    settings = {"model": tiny_model, "attention": 1, "calibration": make_rows(9), "measure": 0}
+    before = volume("drop", **settings).forward_tokens
+    honeloom.drop(tiny_model, tmp_path / "out", **{k: v for k, v in settings.items() if k != "model"})
+    assert before > volume("drop", **settings).forward_tokens == 0
+
+
 def test_bytes_of_merges_are_those_of_the_report(tmp_path, tiny_model, other_model):
     config = {"models": [str(tiny_model), str(other_model)], "method": {"type": "linear"}}
     planned = volume("merge", config=config)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-__all__ = ["Lengths", "Part", "backward", "greedy_losses", "score", "totals", "train"]
+__all__ = ["Lengths", "Part", "backward", "batch_sizes", "greedy_losses", "score", "totals", "train"]
 
 QUANTILES = 64
 """Lengths that are kept of the rows that were looked at, evenly spaced in their order."""
@@ -177,6 +177,23 @@ def backward(
     settings = {"batch_size": batch, **(tuning or {})}
     drawn = round(lengths.rows * times)
     return Part(what, "backward", lengths, times, batch, rendered=drawn, tuning=settings, model=model)
+
+
+def batch_sizes(part: Part, most: int) -> list[list[int]]:
+    """Lengths of the rows of some batches of a scoring pass, in which rows of similar length go together.
+
+    Parameters
+    ----------
+    part : Part
+        The pass.
+    most : int
+        Batches at most; of more, evenly spaced ones.
+    """
+    sizes = part.lengths.scored_sizes
+    batches = max(1, round(part.lengths.rows * part.lengths.sequences / part.batch))
+    chosen = sorted({(2 * k + 1) * batches // (2 * most) for k in range(most)}) if batches > most else range(batches)
+    places = [[(j + (i + 0.5) / part.batch) / batches for i in range(part.batch)] for j in chosen]
+    return [[sizes[min(len(sizes) - 1, int(place * len(sizes)))] for place in batch] for batch in places]
 
 
 def greedy_losses(units: int, drops: int) -> int:

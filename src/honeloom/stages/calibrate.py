@@ -7,7 +7,7 @@ from typing import Any
 
 from honeloom.errors import ConfigError, SourceError
 from honeloom.planning.timing import Timing
-from honeloom.planning.volume import Lengths, Part
+from honeloom.planning.volume import Lengths, Part, batch_sizes
 from honeloom.registry import load_target
 from honeloom.runs.log import Console
 from honeloom.runs.processes import world_size
@@ -22,7 +22,7 @@ __all__ = ["Calibration", "require_timeable"]
 
 MOST_ROWS = 20_000
 """Rows that are made to tokens to count them; of more, so many are looked at."""
-SCORED_BATCHES = 2
+SCORED_BATCHES = 4
 """On which a scoring pass is timed."""
 GRADIENTS_ONLY = 0.95
 """Of a step with its optimizer, where there is none."""
@@ -184,7 +184,8 @@ def _rows(bench: Any, lengths: Lengths, sizes: tuple[int, ...]) -> Callable[[int
 
 
 def _scoring(bench: Any, part: Part, shape: Shape) -> Timing:
-    rows = _rows(bench, part.lengths, part.lengths.scored_sizes)(max(8, SCORED_BATCHES * part.batch))
+    sizes = tuple(n for batch in batch_sizes(part, max(SCORED_BATCHES, 8 // part.batch)) for n in batch)
+    rows = _rows(bench, part.lengths, sizes)(len(sizes))
     rank = part.tuning["method"]["rank"] if part.tuning else _rank(shape)
     add = load_target("honeloom.backends.hf.tune:add_lora")
     settings = {"rank": rank, "alpha": None, "dropout": 0.0, "targets": "all-linear", "rslora": False}

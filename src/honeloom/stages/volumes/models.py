@@ -13,6 +13,7 @@ from honeloom.merging.extract_config import ExtractConfig
 from honeloom.merging.merge_config import MergeConfig
 from honeloom.mixture.config import MixConfig
 from honeloom.planning.volume import Lengths, Part, backward, greedy_losses, score, train
+from honeloom.stages.drop_cache import ScoreCache, score_key
 from honeloom.stages.glue_plan import models_of_one_shape, tried
 from honeloom.stages.runner import Job
 from honeloom.stages.volumes.counting import ADAPTER_BYTES, Counted, count, rows_of
@@ -181,7 +182,7 @@ def count_drop(job: Job, reader: PlanReader) -> Counted:
     layers, parts = shape.layers, list[Part]()
     drops = _drops(config, layers)
     if config.calibration:
-        rounds = _scorings(config)
+        rounds = _scorings(config) - _known(job, config)
         parts += _importances(config, taken, layers, rounds)
     losses = min(POINTS, drops + 1) + (1 if config.heal or config.affine else 0)
     evaluations = losses if measured.rows and config.only is None else 0
@@ -221,6 +222,14 @@ def _drops(config: DropConfig, layers: int) -> int:
         return sum(sum(n) if n and isinstance(n[0], bool) else len(n) for n in named)
     asked = sum(config.counts.values())
     return asked or (_units(config, layers) // 2 if config.budget else 0)
+
+
+def _known(job: Job, config: DropConfig) -> int:
+    """1 where the importances of these rows under the whole model are kept from an earlier drop."""
+    if not job.inputs["model"].paths or any(not i.files for i in rows_of(job, "calibration")) or not _scorings(config):
+        return 0
+    windows = (config.block,) if config.consecutive and config.block > 1 else ()
+    return int(ScoreCache(score_key(config, job.inputs, windows)).read() is not None)
 
 
 def _scorings(config: DropConfig) -> int:
