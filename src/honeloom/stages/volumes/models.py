@@ -85,9 +85,9 @@ def _measured(
 
 
 class _Plain:
-    """How rows are read where the settings do not say."""
+    """How rows are read where a verb has no settings for it."""
 
-    limit, split, strict, max_bad = None, None, False, 1.0
+    split = None
 
     def __init__(self, config: Any) -> None:
         self.limit = getattr(config, "limit", None)
@@ -118,7 +118,8 @@ def count_mix(job: Job, reader: PlanReader) -> Counted:
         parts.append(train("tune the router", known, steps=config.tune_router.steps, batch=8))
         pools.append(pool)
         lengths.append(known)
-    share = len(experts) if config.whole_models else 1 + 0.6 * (len(experts) - 1)  # MLPs are most of a layer
+    # MLPs are most of a layer; before a whole model, the router reads the prompt with half of another.
+    share = len(experts) if config.whole_models else 1 + 0.6 * (len(experts) - 1)
     written = round(_model_bytes(trunk, config.dtype) * share)
     active = 1.5 if config.whole_models else 1 + 0.6 * (config.chosen - 1)
     made = Made(shape=replace(trunk, size=written, kind="model", active=active, predicted=True))

@@ -211,7 +211,7 @@ class PlanReader:
 
 
 def _active(settings: Mapping[str, Any]) -> float:
-    """Of a mixture that is not a family of its own: what a token passes through, over one expert."""
+    """Of a mixture of whole models: what a token passes through, over one expert: half an encoder before it."""
     experts = settings.get("experts")
     return 1.5 if settings.get("model_type") == "honeloom_models" and experts else 1.0
 
