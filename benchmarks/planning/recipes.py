@@ -26,7 +26,7 @@ OUT = HERE / "out"
 SHORT = 2.0
 """Stages that take fewer seconds of the processor are not judged one by one."""
 RECIPES = {
-    "demo": ROOT / "src" / "honeloom" / "cli" / "demo.yaml",
+    "demo": ROOT / "src" / "honeloom" / "recipes" / "demo.yaml",
     "real": ROOT / "examples" / "real.yaml",
     "federated": HERE / "federated.yaml",
     "glue": HERE / "glue.yaml",
