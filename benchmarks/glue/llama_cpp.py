@@ -128,6 +128,10 @@ def page(lines: Sequence[str], version: str, spread: float, positions: int, sure
         f"The last column leaves out {positions - sure:,} positions: what comes after a token whose second and third",
         f"expert are within {TIE} in some layer's router logits. Such a token may take either expert after any",
         "rounding, and every later token of its row sees that. llama.cpp keeps keys and values in float16.",
+        "",
+        "## Not reached",
+        "",
+        f"Logits within {BAR} at every position, wherever the largest difference in the table is above that.",
     ]
 
 
