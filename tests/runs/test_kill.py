@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_trees import snapshot
 
 import honeloom
 from honeloom.errors import HoneloomError
@@ -26,8 +25,6 @@ from honeloom.runs.manifest import verify_folder
 from honeloom.runs.output import is_complete
 
 KILLED = 137
-VOLATILE = {"events.jsonl", "environment.json", "manifest.json", "report.html"}
-"""Files that hold times, versions or digests of such files."""
 
 
 def in_fork(work: Callable[[], Any]) -> int:
@@ -65,25 +62,6 @@ def _fast_and_unobserved(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     yield
     atomic.observers.clear()
-
-
-def without_cost(document: dict[str, Any]) -> dict[str, Any]:
-    del document["cost"]
-    for stage in document["details"].get("stages", []):
-        del stage["seconds"]
-    return document
-
-
-def snapshot(out: Path) -> dict[str, str]:
-    """Digest of every file that must be equal, by its name."""
-    found = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file()):
-        name = path.relative_to(out).as_posix()
-        data = path.read_bytes()
-        if path.name == "report.json":
-            data = json.dumps(without_cost(json.loads(data)), sort_keys=True).encode()
-        found[name] = "" if path.name in VOLATILE else hashlib.sha256(data).hexdigest()
-    return found
 
 
 class Scene:

@@ -289,7 +289,7 @@ def test_rows_that_all_ask_the_same_are_not_tuned_on_what_scores_them():
 
 
 def test_a_search_over_many_rows_compares_a_part_of_each_band(monkeypatch):
-    monkeypatch.setattr("honeloom.selection.band.MOST_ROWS", 10)
+    monkeypatch.setattr("honeloom.selection.band.BAND_ROWS", 10)
     _, opened, _ = search(table(), lambda row: 1.0, table(20, "t"))
     assert all(len(player) == 10 for player in opened[0][0])
 

@@ -195,7 +195,7 @@ def count_drop(job: Job, reader: PlanReader) -> Counted:
     if config.heal:
         healing = reader.pool(rows_of(job, "heal"), config)
         known = reader.lengths(healing, shape, config.max_length)
-        tuning = {"method": {"type": "lora", "rank": config.heal_rank}}
+        tuning = {"method": {"type": "lora", "rank": config.heal_rank}, "group_by_length": True}
         parts.append(train("heal", known, steps=config.heal_steps, batch=config.heal_batch_size, tuning=tuning,
                            loop="trainer"))  # fmt: skip
         pools.append(healing)
