@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from run_trees import snapshot
 
 from honeloom.config.shipped import shipped_path
 from honeloom.runs.manifest import verify_folder
+from run_trees import snapshot
 
 SMALL = (
     "pick.limit=400", "central.max_steps=12", "shared.local_steps=6", "glued.limit=160", "small.samples=32",

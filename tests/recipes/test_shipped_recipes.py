@@ -81,6 +81,9 @@ def test_laptop_drops_what_the_lab_planted(tmp_path):
     plan = read(tmp_path / "run" / "stages" / "2-small" / "drop_plan.json")
     assert plan["attention"] == list(lab.PLANTED_LAYERS)
     assert loss(report, "after") < loss(report, "before") * 1.02
+    cost = read(tmp_path / "run" / "stages" / "2-small" / "report.json")["details"]["kv_bytes_per_token"]
+    assert cost["after"] < cost["before"]
+    assert (tmp_path / "run" / "stages" / "4-served" / "model.gguf").stat().st_size > 100_000
 
 
 @pytest.mark.slow
@@ -95,9 +98,10 @@ def test_whole_loop_learns_and_gets_smaller(tmp_path):
     report = run("whole-loop", tmp_path / "run")
     assert loss(report, "after") < loss(report, "before") - 1
     assert [s["verb"] for s in report.details["stages"]] == [
-        "evaluate", "select", "tune", "tune", "glue", "drop", "evaluate",
+        "evaluate", "select", "tune", "federate", "glue", "drop", "evaluate", "export",
     ]  # fmt: skip
-    assert report.details["stages"][4]["needs"] == ["first", "second"]
+    assert report.details["stages"][4]["needs"] == ["central", "shared"]
+    assert len(read(tmp_path / "run" / "stages" / "4-shared" / "partition.json")["clients"]) == 4
 
 
 @pytest.mark.slow

@@ -156,6 +156,9 @@ def test_texts():
     assert alike(0.0, 0.0) == ["0.0", "0.0"]
     assert (seconds(9.83), seconds(125), seconds(7325)) == ("9.83 s", "2 min 05 s", "2 h 02 min")
     assert (size(512), size(1 << 20)) == ("512 bytes", "1 MiB")
+    assert (size(1010 << 20), size(999.4 * 1024), number(12345.6), number(9999.4)) == (
+        "1,010 MiB", "999 KiB", "12,346", "9999",
+    )  # fmt: skip
     assert clip("abc", 2) == "ab… (3 characters)"
     assert visible("a\u202eb\x1b[0m") == r"a\u202eb\u001b[0m"
 

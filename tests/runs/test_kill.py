@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_trees import snapshot
 
 import honeloom
 from honeloom.errors import HoneloomError
 from honeloom.runs import atomic
 from honeloom.runs.manifest import verify_folder
 from honeloom.runs.output import is_complete
+from run_trees import snapshot
 
 KILLED = 137
 

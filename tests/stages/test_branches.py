@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 
 import honeloom
 from honeloom.config.recipe import load_recipe, resolve_steps
-from honeloom.errors import ConfigError
-from honeloom.stages.references import check_references
+from honeloom.errors import ConfigError, MissingExtraError
+from honeloom.stages.references import check_extras, check_references
 
 BRANCHES = """version: 1
 vars: {{model: {model}, rows: {rows}}}
@@ -118,3 +119,29 @@ def test_references_of_the_right_kind_pass(tmp_path, stage):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"{STAGES}  right: {stage}\n")
     check_references(resolve_steps(load_recipe(path), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "extra"),
+    [
+        ("{export: {model: $full}}", "gguf", "gguf"),
+        ("{drop: {model: $full, attention: 1, calibration: $pick, profile: gguf}}", "gguf", "gguf"),
+        ("{drop: {model: $full, attention: 1, calibration: $pick, heal: $pick}}", "peft", "tune"),
+        ("{evaluate: {model: $full, tasks: [arc_easy]}}", "lm_eval", "lm-eval"),
+        ("{select: {rows: $pick, model: $full, method: shed, ray: local}}", "ray", "ray"),
+        ("{federate: {model: $full, partition: {type: iid, n: 2}, rows: $pick, engine: simulation}}", "flwr", "fed"),
+    ],
+)  # fmt: skip
+def test_a_stage_whose_package_is_missing_is_refused_before_anything_runs(tmp_path, monkeypatch, stage, module, extra):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"version: 1\nstages:\n  pick: {{select: {{rows: lab:pool, keep: 9}}}}\n"
+        f"  full: {{merge: {{models: [lab:base, lab:base]}}}}\n  last: {stage}\n"
+    )
+    steps = resolve_steps(load_recipe(path), tmp_path)
+    check_extras(steps)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(MissingExtraError, match=rf"stage 'last' .*: {module} is not installed: .*\[{extra}"):
+        honeloom.run(path, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -107,11 +107,14 @@ class Terminal:
             self.out.print(table)
         for sentence in report.details["comparisons"]:
             self.say(sentence)
+        if ablation := report.details.get("ablation"):
+            self._show_ablation(ablation)
 
     def _show_points(self, plans: Sequence[StagePlan], count: int) -> None:
-        """Print a sweep's points, and which stages several of them share."""
+        """Print the points of a sweep or ablation, and which stages several of them share."""
         runs = sum(len(p.points) for p in plans)
-        self.say(f"sweep of {count} points: {len(plans)} stages instead of {runs}")
+        what = "ablation" if any("without" in p.values for p in plans) else "sweep"
+        self.say(f"{what} of {count} points: {len(plans)} stages instead of {runs}")
         for point in range(1, count + 1):
             mine = [p for p in plans if point in p.points]
             values = {key: value for p in mine for key, value in p.values.items()}
@@ -130,6 +133,16 @@ class Terminal:
             numbers = [point["objectives"][n]["value"] for n in names]
             cells = [*values, *("" if v is None else _short(v) for v in numbers)]
             table.add_row(f"{point['point']}{' *' if point['pareto'] else ''}", *map(Text, cells))
+        self.out.print(table)
+
+    def _show_ablation(self, effects: Sequence[Mapping[str, Any]]) -> None:
+        """Print what came of every replacement, less the whole recipe."""
+        title = "with something else in a stage's place, less the whole recipe"
+        columns = ("without", "instead", "measured by", "less the whole", "macro, less the whole")
+        table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+        for e in effects:
+            by = f"{e['metric']} of {e['stage'].partition('.')[0]}"
+            table.add_row(*map(Text, (e["without"], e["instead"], by, _interval(e), _interval(e["macro"]))))
         self.out.print(table)
 
     def _show_needs(self, stage: str, needs: Needs) -> None:
@@ -208,7 +221,7 @@ def _gib(amount: int) -> str:
 
 def evaluation_columns(report: Report) -> tuple[str, dict[str, dict[str, Metric]]]:
     """The main metric of a run's evaluate stages: its name, and per stage the metric of every domain."""
-    stages = [s["name"] for s in report.details["stages"] if s["verb"] == "evaluate"]
+    stages = [s["name"] for s in report.details["stages"] if s["verb"] == "evaluate" and not s.get("without")]
     split = [(m.name.split("/", 1), m) for m in report.metrics]
     kind = next((name for (stage, name), _ in split if stage in stages), "")
     columns: dict[str, dict[str, Metric]] = {}
@@ -217,6 +230,11 @@ def evaluation_columns(report: Report) -> tuple[str, dict[str, dict[str, Metric]
             columns.setdefault(stage, {})[metric.domain or "all"] = metric
     unit = next((m.unit for values in columns.values() for m in values.values()), "")
     return f"{kind} ({unit})", columns
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    """A difference and where it lies with 95%."""
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(found["difference"], *found["ci95"]) if found else ""
 
 
 def _metric_table(metrics: Sequence[Metric]) -> Table:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from honeloom.config.ablation import ablated_points, ablated_variants, check_ablation
 from honeloom.config.base import Config, VerbConfig, Withdrawn, validate
 from honeloom.config.load import apply_overrides, load_yaml, parse_scalar
+from honeloom.config.shipped import shipped_names
 from honeloom.config.sweep import Objective, Point, Variant, check_sweep, points_of, variants_of
 from honeloom.errors import ConfigError
 from honeloom.registry import load_target, suggest
@@ -37,8 +39,13 @@ class Recipe(Config):
         default_factory=dict, description="Variable or stage's key (pick.keep) -> values; all combinations are run."
     )
     objectives: tuple[Objective, ...] = Field((), description="What the points of the sweep are compared by.")
+    ablation: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Stage -> what stands in its place: another stage ({verb: settings}), the $name that its readers "
+        "get, or a list of such. One at a time is replaced, and every evaluation compared with the whole recipe's.",
+    )
 
-    @field_validator("vars", "sweep", mode="before")
+    @field_validator("vars", "sweep", "ablation", mode="before")
     @classmethod
     def _none_left(cls, value: Any) -> Any:
         return {} if value is None else value  # "vars:" with every line below it commented out
@@ -73,11 +80,20 @@ class Recipe(Config):
         if both:
             raise ValueError(f"{both[0]!r} is a variable and a stage, so ${both[0]} is ambiguous; rename one of them")
         check_sweep(self.sweep, self.objectives, self.stages, self.vars)
+        check_ablation(self.ablation, self.stages, self.vars)
+        if self.sweep and self.ablation:
+            raise ValueError("a recipe has a sweep or an ablation, not both; put one into a copy of the recipe")
         return self
 
     def points(self) -> list[Point]:
-        """Of the sweep; none without one."""
-        return points_of(self.sweep, self.stages)
+        """Of the sweep or the ablation; none without one."""
+        return points_of(self.sweep, self.stages) or ablated_points(self.ablation, self.stages)
+
+    def variants(self, stage: str) -> list[Variant]:
+        """Every way in which a stage runs."""
+        if self.ablation:
+            return list(ablated_variants(stage, self.ablation, self.stages, self.vars))
+        return variants_of(stage, self.sweep, self.stages, self.vars)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +118,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), withdraw: Sequence[st
 
     Ids of `withdraw` come to those that the recipe withdraws.
     """
+    if path.name in shipped_names() and not path.exists():
+        raise ConfigError(f"{path}: no such file; for the shipped recipe: honeloom recipes cp {path.name}")
     data = load_yaml(path)
     swept = {k: v for o in overrides if o.startswith("sweep.") for k, _, v in [o.removeprefix("sweep.").partition("=")]}
     given = apply_overrides(data, [_expand(o, data) for o in overrides if not o.startswith("sweep.")])
@@ -140,24 +158,29 @@ def resolve_steps(recipe: Recipe, run: Path) -> list[Step]:
         As loaded.
     run : Path
         The run folder; stage n called x is `run/stages/<n>-<x>`. In a sweep a stage that it reaches is there once
-        for every combination of values that reach it, as `<n>-<x>.<numbers of the values>`; see `variants_of`.
+        for every combination of values that reach it, as `<n>-<x>.<numbers of the values>`, and in an ablation for
+        every replacement, as `<n>-<x>.without-<stage>`; see `Recipe.variants`.
     """
     steps: list[Step] = []
     for number, name in enumerate(recipe.stages, 1):
         known = {s.name: s for s in steps}
-        for variant in variants_of(name, recipe.sweep, recipe.stages, recipe.vars):
-            steps.append(_step(recipe, variant, name, known, run / "stages" / f"{number}-{variant.name}"))
+        for variant in recipe.variants(name):
+            step = _step(recipe, variant, name, known, run / "stages" / f"{number}-{variant.name}")
+            known[step.name] = step
+            steps.append(step)
     return steps
 
 
 def _step(recipe: Recipe, variant: Variant, stage: str, known: Mapping[str, Step], folder: Path) -> Step:
-    verb = next(iter(recipe.stages[stage]))
-    needs: list[str] = []
+    verb, needs = variant.verb, list[str]()
     earlier = {name: known[called] for name, called in variant.stages.items() if called in known}
     data = _substitute(variant.settings or {}, variant.names, earlier, needs, f"stage {variant.name!r}")
     if not isinstance(data, dict):
         raise ConfigError(f"stage {variant.name!r}: the settings of {verb!r} must be a mapping, found {data!r}")
     cls = load_target(VERBS[verb].config)
+    if verb == "evaluate" and "without" in variant.values:
+        data["against"] = str(known[stage].folder)  # the effect of a stage, with its interval
+        needs.append(stage)
     data.setdefault("seed", recipe.seed if variant.seed is None else variant.seed)
     if recipe.withdraw and "withdraw" in cls.model_fields:
         data["withdraw"] = _together(recipe.withdraw, data.get("withdraw", ()), variant.name)

@@ -15,7 +15,7 @@ from honeloom.config.base import Config
 from honeloom.config.load import set_value
 from honeloom.registry import suggest
 
-__all__ = ["MAX_POINTS", "Objective", "Point", "Variant", "check_sweep", "points_of", "variants_of"]
+__all__ = ["MAX_POINTS", "Objective", "Point", "Variant", "check_sweep", "points_of", "references", "variants_of"]
 
 MAX_POINTS = 64
 _REFERENCE = re.compile(r"\$([A-Za-z][\w-]*)")
@@ -56,12 +56,14 @@ class Objective(Config):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way in which a stage runs: its name, settings, and what $names mean to it.
+    """One way in which a stage runs: its name, verb and settings, and what $names mean to it.
 
-    `values` are those of the sweep that reach it, its own and those of the stages it reads.
+    `values` are those of the sweep that reach it, its own and those of the stages it reads; of an ablation, which stage
+    is replaced and by what.
     """
 
     name: str
+    verb: str
     settings: Any
     names: Mapping[str, Any]
     seed: int | None
@@ -113,7 +115,7 @@ def _reach(sweep: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) ->
     found: dict[str, list[str]] = {}
     for name, body in stages.items():
         own = [key for key in sweep if key.partition(".")[0] == name]
-        used = {*_references(body), *(r for key in own for r in _references(list(sweep[key])))}
+        used = {*references(body), *(r for key in own for r in references(list(sweep[key])))}
         through = {key for earlier in used if earlier in found for key in found[earlier]}
         settings = next(iter(body.values()))
         seeded = not isinstance(settings, Mapping) or "seed" not in settings
@@ -121,13 +123,14 @@ def _reach(sweep: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) ->
     return found
 
 
-def _references(value: Any) -> Iterator[str]:
+def references(value: Any) -> Iterator[str]:
+    """Names that settings refer to as $name."""
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _references(item)
+            yield from references(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _references(item)
+            yield from references(item)
     elif isinstance(value, str) and (match := _REFERENCE.fullmatch(value)):
         yield match[1]
 
@@ -148,14 +151,15 @@ def variants_of(
     for choice in product(*(range(len(sweep[key])) for key in reach[name])):
         index = dict(zip(reach[name], choice, strict=True))
         values = {key: sweep[key][i] for key, i in index.items()}
-        settings = next(iter(stages[name].values()))
+        verb, settings = next(iter(stages[name].items()))
         for key, value in values.items():
             head, _, rest = key.partition(".")
             if head == name and rest:
                 settings = set_value(settings or {}, rest, value, f"sweep: {key}")
         earlier = {s: _called(s, reach[s], index) for s in stages if set(reach[s]) <= set(index)}
         given = {**names, **{key: value for key, value in values.items() if key in names}}
-        found.append(Variant(_called(name, reach[name], index), settings, given, values.get("seed"), earlier, values))
+        called = _called(name, reach[name], index)
+        found.append(Variant(called, verb, settings, given, values.get("seed"), earlier, values))
     return found
 
 

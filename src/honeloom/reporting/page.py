@@ -18,7 +18,7 @@ from honeloom.reporting.lineage_graph import lineage_graph
 from honeloom.reporting.panels import PANELS
 from honeloom.reporting.parts import overall_verdict, read_parts
 from honeloom.reporting.records import read_records
-from honeloom.reporting.run_panels import headline_panel, sweep_panel
+from honeloom.reporting.run_panels import ablation_panel, headline_panel, sweep_panel
 from honeloom.runs.atomic import write_bytes
 from honeloom.types.report import Report
 
@@ -62,8 +62,8 @@ def write_page(folder: Path, report: Report) -> Path | None:
     }
     is_run = report.verb == "run"
     stages = [(p.title, p.report) for p in parts] if is_run else []
-    headline, sweep = headline_panel(stages, report), sweep_panel(report)
-    charts = [panel for some in panels.values() for panel in some] + [p for p in (headline, sweep) if p]
+    headline, points = headline_panel(stages, report), sweep_panel(report) or ablation_panel(report)
+    charts = [panel for some in panels.values() for panel in some] + [p for p in (headline, points) if p]
     library = library if any(p.figure for p in charts) else ""
     draw = (TEMPLATES / "draw.js").read_text(encoding="utf-8") if library else ""
     page = (
@@ -77,7 +77,7 @@ def write_page(folder: Path, report: Report) -> Path | None:
             panels=panels,
             is_run=is_run,
             headline=headline,
-            sweep=sweep,
+            points=points,
             graph=lineage_graph(folder, report),
             records=read_records(folder, report, stages),
             style=style(),

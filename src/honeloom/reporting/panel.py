@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from honeloom.reporting.text import NAME, clip
+from honeloom.reporting.text import NAME, clip, visible
 
 __all__ = [
     "GREY",
@@ -18,6 +18,7 @@ __all__ = [
     "by_name",
     "figure",
     "row_height",
+    "share_map",
     "vertical_line",
 ]
 
@@ -27,6 +28,8 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 GREY, INK, GRID = "--chart-grey", "--chart-ink", "--chart-grid"
 ROWS_SHOWN = 300
 """Rows of a table on the page; where there are more, the table says how many and which file has them."""
+UNDER = 20
+"""Characters of a name below a column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +133,27 @@ def vertical_line(at: float) -> dict[str, Any]:
     """A dotted mark across the whole height."""
     line = {"color": GREY, "dash": "dot", "width": 1.5}
     return {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+
+
+def share_map(
+    lines: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]], *, x: str, y: str, numbers: int, pixels: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Heat map of shares in [0, 1], one line of `pixels` per name; written in the cells of up to `numbers` columns."""
+    written = len(columns) <= numbers
+    trace: dict[str, Any] = {
+        "type": "heatmap", "x": list(range(len(columns))), "y": list(range(len(lines))), "z": shares,
+        "zmin": 0, "zmax": 1, "colorscale": [[0, "--raised"], [1, SERIES[0]]],
+        "text": texts, "hovertemplate": "%{text}<extra></extra>", "xgap": 1, "ygap": 1, "showscale": not written,
+        "colorbar": {"thickness": 12, "len": 0.9, "outlinewidth": 0, "tickformat": ".0%", "tickcolor": GREY},
+    }  # fmt: skip
+    if written:  # paler, so that one colour of text is legible on every cell
+        trace |= {"texttemplate": "%{z:.0%}", "textfont": {"color": "--ink"}, "opacity": 0.6}
+    under = [visible(c if len(c) <= UNDER else f"{c[: UNDER - 1]}…") for c in columns]
+    return figure(
+        [trace], x=x, y=y, height=150 + pixels * len(lines) + 4 * max(map(len, under)), hovermode="closest",
+        xaxis={
+            **by_name(columns), "ticktext": under, "range": [-0.5, len(columns) - 0.5], "autotickangles": [0, -40, -90],
+        },
+        yaxis={**by_name(lines), "range": [len(lines) - 0.5, -0.5]},
+    )  # fmt: skip

@@ -40,4 +40,7 @@ def read_parts(folder: Path, report: Report) -> list[Part]:
 
 def overall_verdict(report: Report, parts: Sequence[Part]) -> Verdict:
     """The verdict of the whole."""
-    return describe_run([(p.report, p.verdict) for p in parts], report) if report.verb == "run" else parts[0].verdict
+    if report.verb != "run":
+        return parts[0].verdict
+    entries = zip(parts, report.details["stages"], strict=True)
+    return describe_run([(p.report, p.verdict) for p, entry in entries if not entry.get("without")], report)

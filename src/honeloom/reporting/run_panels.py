@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from honeloom.reporting.panel import GREY, SERIES, SYMBOLS, Panel, by_name, figure, row_height
+from honeloom.reporting.panel import GREY, SERIES, SYMBOLS, Panel, by_name, figure, row_height, vertical_line
 from honeloom.reporting.panels.metrics import GROUPS
 from honeloom.reporting.text import number
 from honeloom.types.report import Metric, Report
 
-__all__ = ["headline_panel", "sweep_panel"]
+__all__ = ["ablation_panel", "headline_panel", "sweep_panel"]
 
 Column = dict[str, Metric]
 
@@ -18,9 +18,11 @@ Column = dict[str, Metric]
 def headline_panel(stages: Sequence[tuple[str, Report]], run: Report) -> Panel | None:
     """The evaluations of a run side by side: one column per evaluate stage, one row per domain.
 
-    Of a sweep, those that all points share and those of points that nothing beats, as far as there are colours.
+    Of a sweep, those that all points share and those of points that nothing beats, as far as there are colours; of an
+    ablation those of the whole recipe.
     """
-    evaluations = [(name, r) for name, r in stages if r.verb == "evaluate" and r.metrics]
+    replaced = {s["name"] for s in run.details.get("stages", ()) if s.get("without")}
+    evaluations = [(name, r) for name, r in stages if r.verb == "evaluate" and r.metrics and name not in replaced]
     if sweep := run.details.get("sweep") if run.verb == "run" else None:
         best = {s for p in sweep["points"] if p["pareto"] for s in p["stages"].values()}
         evaluations = [(name, r) for name, r in evaluations if name in best][: len(SERIES)]
@@ -124,6 +126,58 @@ def sweep_panel(report: Report) -> Panel | None:
         alt=f"{names[0]} against {names[1]} of {len(points)} points; unbeaten: {_listed(unbeaten)}"
         if len(names) > 1 else "",
         file="sweep.json",
+    )  # fmt: skip
+
+
+def ablation_panel(report: Report) -> Panel | None:
+    """What every replacement of a stage changed, with its interval; None without an ablation."""
+    effects = report.details.get("ablation") if report.verb == "run" else None
+    if not effects:
+        return None
+    rows = []
+    for e in effects:
+        macro = e["macro"] or {"difference": None, "ci95": (None, None)}
+        rows.append((e["without"], e["instead"], e["value"], e["difference"], *e["ci95"], macro["difference"],
+                     *macro["ci95"]))  # fmt: skip
+    first = effects[0]
+    same = all((e["metric"], e["unit"]) == (first["metric"], first["unit"]) for e in effects)
+    worse = "above" if first["better"] == "lower" else "below"
+    return Panel(
+        title="Without each stage",
+        columns=(
+            "without",
+            "instead",
+            "value",
+            "less the whole",
+            "low",
+            "high",
+            "macro, less the whole",
+            "low",
+            "high",
+        ),
+        rows=rows,
+        figure=_effects(effects) if same else None,
+        note=f"{first['metric']} ({first['unit']}) less that of the whole recipe, {first['whole']:.4f}, on the same "
+        f"rows, with 95% intervals; {worse} 0 the stage has helped. Macro: the mean over domains.",
+        alt=f"Differences in {first['metric']} of {len(effects)} recipes with a stage replaced, with 95% intervals",
+        file="ablation.json",
+    )
+
+
+def _effects(effects: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = [f"{e['without']}: {e['instead']}" for e in effects]
+    bars = {
+        "type": "data", "symmetric": False, "array": [e["ci95"][1] - e["difference"] for e in effects],
+        "arrayminus": [e["difference"] - e["ci95"][0] for e in effects], "color": SERIES[0], "thickness": 1.2,
+    }  # fmt: skip
+    trace = {
+        "type": "scatter", "mode": "markers", "x": [e["difference"] for e in effects], "y": list(range(len(effects))),
+        "error_x": bars, "marker": {"color": SERIES[0], "symbol": SYMBOLS[0], "size": 10},
+        "hovertemplate": "%{x:+.4f}<extra></extra>",
+    }  # fmt: skip
+    return figure(
+        [trace], x=f"{effects[0]['metric']} less the whole ({effects[0]['unit']})", y="",
+        height=row_height(len(effects)), yaxis={**by_name(names), "showgrid": True}, shapes=[vertical_line(0.0)],
     )  # fmt: skip
 
 

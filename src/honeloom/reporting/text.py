@@ -46,7 +46,7 @@ def number(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         value += 0.0  # no minus before 0
-        return f"{value:.4g}".replace("-", "−") if abs(value) < 1e5 else f"{value:,.0f}".replace("-", "−")
+        return f"{value:.4g}".replace("-", "−") if abs(value) < 9999.5 else f"{value:,.0f}".replace("-", "−")
     return f"{value:,}" if isinstance(value, int) else clip(value)
 
 
@@ -75,7 +75,7 @@ def size(value: float) -> str:
     """A number of bytes in binary units."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024:
-            return f"{value:.3g} {unit}" if unit != "bytes" else f"{value:.0f} bytes"
+            return f"{value:.3g} {unit}" if value < 999.5 and unit != "bytes" else f"{value:,.0f} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"
 

@@ -43,7 +43,8 @@ def describe(report: Report, inputs: Inputs) -> Verdict:
 def describe_run(stages: Sequence[tuple[Report, Verdict]], run: Report) -> Verdict:
     """The verdict of a run: how many stages, and its last comparison or else its last evaluation.
 
-    Of a sweep: how many points, those that nothing beats, and the best in the first objective.
+    Of a sweep: how many points, those that nothing beats, and the best in the first objective. Of an ablation also the
+    stage whose replacement costs most; `stages` are those of the whole recipe.
     """
     if sweep := run.details.get("sweep"):
         return _swept(sweep, len(stages))
@@ -53,7 +54,24 @@ def describe_run(stages: Sequence[tuple[Report, Verdict]], run: Report) -> Verdi
     if not evaluations:
         return Verdict(f"{ran}.")
     _, told = (compared or evaluations)[-1]
-    return Verdict(f"{ran}: {told.sentence.replace('No clear', 'no clear', 1)}", told.figure)
+    sentence = f"{ran}: {told.sentence.replace('No clear', 'no clear', 1)}"
+    return Verdict(f"{sentence}{_ablated(run.details.get('ablation', ()))}", told.figure)
+
+
+def _ablated(effects: Sequence[Mapping[str, Any]]) -> str:
+    """What the most telling replacement costs, if it does beyond noise."""
+    if not effects:
+        return ""
+    costs = [e["difference"] if e["better"] == "lower" else -e["difference"] for e in effects]
+    worst = max(range(len(effects)), key=costs.__getitem__)
+    low, high = effects[worst]["ci95"]
+    if costs[worst] <= 0 or low <= 0 <= high:
+        return f" None of {plural(len(effects), 'replacement')} of a stage is clearly worse."
+    entry = effects[worst]
+    return (
+        f" Of {plural(len(effects), 'replacement')}, {clip(entry['instead'])} for {clip(entry['without'])} costs most: "
+        f"{number(costs[worst])} {entry['unit']}."
+    )
 
 
 def _swept(sweep: Mapping[str, Any], stages: int) -> Verdict:

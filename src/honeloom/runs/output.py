@@ -184,7 +184,7 @@ def _prepare(out: Path, key: str, verb: str, mode: Mode) -> Output:
     if verb == "run" and not work.is_dir():
         runs = [p for p in others if (p / "stages").is_dir()]
         if runs:
-            _take_over(max(runs, key=lambda p: p.stat().st_mtime), work)
+            _take_over(max(runs, key=lambda p: (len(os.listdir(p / "stages")), p.stat().st_mtime)), work)
     others = [p for p in others if p.is_dir()]
     if mode == "overwrite":
         for stale in others:

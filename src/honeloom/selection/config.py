@@ -201,42 +201,35 @@ class DqConfig(MethodConfig):
         return needs_of(self.embedding)
 
 
-class InRunConfig(MethodConfig):
+class _GradientConfig(MethodConfig):
+    """Gradients of rows and of the target along a tuning on the rows."""
+
+    batch_size: int = Field(16, ge=1, description="Rows per step of that tuning.")
+    lr: float = Field(2e-4, gt=0, description="Its learning rate.")
+    rank: int = Field(8, ge=1, description="Of its LoRA adapters, on every linear layer.")
+    target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
+
+    def needs(self) -> frozenset[str]:
+        """The model and the target."""
+        return MODEL | TARGET
+
+    def tunes(self) -> tuple[int, int]:
+        """As set."""
+        return self.rank, self.batch_size
+
+
+class InRunConfig(_GradientConfig):
     """First-order in-run Shapley: what every step of one tuning owes to every row."""
 
     type: Literal["in_run"] = "in_run"
     epochs: int = Field(1, ge=1, description="Passes over the rows; whole ones, for every row counts as often.")
-    batch_size: int = Field(16, ge=1, description="Rows per step.")
-    lr: float = Field(2e-4, gt=0, description="Learning rate.")
-    rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
-    target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
-
-    def needs(self) -> frozenset[str]:
-        """The model and the target."""
-        return MODEL | TARGET
-
-    def tunes(self) -> tuple[int, int]:
-        """As set."""
-        return self.rank, self.batch_size
 
 
-class _WarmedConfig(MethodConfig):
+class _WarmedConfig(_GradientConfig):
     """Gradients at checkpoints along a short warm-up on the rows."""
 
     checkpoints: int = Field(4, ge=1, description="Passes of the warm-up; gradients are taken after each, or the last.")
     warmup: float = Field(0.05, gt=0, le=1, description="Share of the rows the warm-up tunes on.")
-    batch_size: int = Field(16, ge=1, description="Rows per step of the warm-up.")
-    lr: float = Field(2e-4, gt=0, description="Learning rate of the warm-up.")
-    rank: int = Field(8, ge=1, description="Of the LoRA adapters, on every linear layer.")
-    target_rows: int = Field(128, ge=1, description="Rows of the target, drawn by the seed.")
-
-    def needs(self) -> frozenset[str]:
-        """The model and the target."""
-        return MODEL | TARGET
-
-    def tunes(self) -> tuple[int, int]:
-        """As set."""
-        return self.rank, self.batch_size
 
 
 class LessConfig(_WarmedConfig):

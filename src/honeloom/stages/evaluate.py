@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from honeloom.backends.hf.load import Loading
@@ -18,7 +19,14 @@ from honeloom.data.overlap import overlap, question_digests
 from honeloom.data.rowset import RowSet
 from honeloom.errors import InputError, RowsError
 from honeloom.evaluation.config import EvaluateConfig
-from honeloom.evaluation.statistics import Comparison, Estimate, macro_mean, paired_bootstrap, ratio_mean
+from honeloom.evaluation.statistics import (
+    Comparison,
+    Estimate,
+    macro_bootstrap,
+    macro_mean,
+    paired_bootstrap,
+    ratio_mean,
+)
 from honeloom.registry import load_target
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.stages.row_records import target_digests, training_digests, write_table
@@ -235,7 +243,9 @@ def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence
     for a, b in pairs:
         if a.domain is not None:
             by_domain.setdefault(a.domain, []).append((a, b))
-    parts = {d: _difference(p, metric, work.config) for d, p in sorted(_folded(by_domain).items()) if len(p) > 1}
+    folded = _folded(by_domain)
+    parts = {d: _difference(p, metric, work.config) for d, p in sorted(folded.items()) if len(p) > 1}
+    macro = _macro_difference(folded, metric, work.config)
     return {
         "model": found.label,
         "metric": metric,
@@ -244,19 +254,41 @@ def _compare(work: Work[EvaluateConfig], rows: RowSet | None, examples: Sequence
         "n": overall.n,
         "unmatched": unmatched,
         "sentence": _sentence(work.inputs["model"].label, found.label, metric, overall),
-        "domains": {d: {"difference": c.difference, "ci95": [c.low, c.high], "n": c.n} for d, c in parts.items()},
+        "macro": _told(macro) if macro else None,
+        "domains": {d: _told(c) for d, c in parts.items()},
     }
 
 
+def _told(c: Comparison) -> dict[str, Any]:
+    return {"difference": c.difference, "ci95": [c.low, c.high], "n": c.n}
+
+
 def _difference(pairs: Sequence[tuple[Example, Example]], metric: str, config: EvaluateConfig) -> Comparison:
-    if metric == "loss":
-        terms = [(a.loss_sum, b.loss_sum, float(a.tokens)) for a, b in pairs]
-    elif metric == "bits_per_char":
-        terms = [(a.loss_sum / math.log(2), b.loss_sum / math.log(2), float(a.chars)) for a, b in pairs]
-    else:
-        terms = [(float(a.correct or 0), float(b.correct or 0), 1.0) for a, b in pairs]
-    one, other, weights = np.array(terms).T
+    one, other, weights = _terms(pairs, metric).T
     return paired_bootstrap(one, other, weights, resamples=config.bootstrap, seed=config.seed)
+
+
+def _macro_difference(
+    pairs: Mapping[str, Sequence[tuple[Example, Example]]], metric: str, config: EvaluateConfig
+) -> Comparison | None:
+    """Of the means over domains, each as much; None for fewer than two."""
+    if len(pairs) < 2:
+        return None
+    terms = np.concatenate([_terms(some, metric) for some in pairs.values()])
+    domains = [domain for domain, some in pairs.items() for _ in some]
+    shares = dict.fromkeys(pairs, 1 / len(pairs))
+    return macro_bootstrap(
+        terms[:, [0, 2]], terms[:, [1, 2]], domains, shares, resamples=config.bootstrap, seed=config.seed
+    )
+
+
+def _terms(pairs: Sequence[tuple[Example, Example]], metric: str) -> npt.NDArray[np.float64]:
+    """Summed value of either side, and the weight of both, (N, 3)."""
+    if metric == "loss":
+        return np.array([(a.loss_sum, b.loss_sum, float(a.tokens)) for a, b in pairs])
+    if metric == "bits_per_char":
+        return np.array([(a.loss_sum / math.log(2), b.loss_sum / math.log(2), float(a.chars)) for a, b in pairs])
+    return np.array([(float(a.correct or 0), float(b.correct or 0), 1.0) for a, b in pairs])
 
 
 def _sentence(one: str, other: str, metric: str, c: Comparison) -> str:

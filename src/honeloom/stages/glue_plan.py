@@ -43,6 +43,8 @@ def glue_notes(config: GlueConfig, inputs: Mapping[str, ResolvedInput]) -> tuple
     evaluations = len(found) + len(shapes) + len(mixtures)
     if config.only != "search":
         lines.append(f"evaluations on the report rows: {evaluations}; mixtures tried: {', '.join(mixtures) or 'none'}")
+    if not all(i.paths for i in found.values()):
+        return tuple(lines)  # sizes of models that are still to be made are in the table of costs
     total = sum(i.size for i in found.values())
     largest = max((i.size for i in found.values()), default=0)
     written = {"search": 0, "merge": 2 * largest * len(shapes)}.get(str(config.only), total + 2 * largest * len(shapes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,9 @@ def describe(
     kinds = {name: kind for name, (kind, _) in glued.made().items()}
     members = [e.name for e in glued.members]
     best = min(members, key=lambda name: (means[name], name))
-    shares = _shares(part.domains, config.target.weights)
-    gaps = {n: macro_bootstrap(v, values[best], part.domains, shares, seed=config.seed) for n, v in values.items()}
     best_in = best_by_domain({n: values[n] for n in members}, part.domains)
+    shares = _shares(best_in, config.target.weights)
+    gaps = {n: macro_bootstrap(v, values[best], part.domains, shares, seed=config.seed) for n, v in values.items()}
     oracle = sum(share * domain_means(values[best_in[d]], part.domains)[d] for d, share in shares.items())
     result, routes = chosen.name, _routes(scored[chosen.name], part.rows.ids, part.domains)
     gain = 1 - means[result] / means[best] if means[best] else 0.0
@@ -135,8 +135,9 @@ def describe(
     return details, _metrics(metric, values, part.domains, result, best, means, gaps[result])
 
 
-def _shares(domains: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
-    given = {d: weights.get(d, 0.0) if weights else 1.0 for d in sorted(dict.fromkeys(domains))}
+def _shares(domains: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """Share of each domain; those that no model can read are not among them."""
+    given = {d: weights.get(d, 0.0) if weights else 1.0 for d in sorted(domains)}
     total = sum(given.values())
     return {d: w / total for d, w in given.items() if w}
 

@@ -26,7 +26,7 @@ from honeloom.stages.merge_inputs import Models, open_models, plan_merge
 from honeloom.stages.merge_plan import mergekit_notes
 from honeloom.stages.merge_tokens import Matched
 from honeloom.stages.row_records import CALIBRATION_FILE, write_table
-from honeloom.stages.work import Outcome, Work
+from honeloom.stages.work import Outcome, Work, resolved_settings
 from honeloom.system import give_back_memory
 
 __all__ = ["execute", "warn_of_loss", "write_merged"]
@@ -136,26 +136,7 @@ def _write_small_files(work: Work[MergeConfig], models: Models, merger: Merger, 
         copy_tokenizer(donor.tokenizer_folder, work.dir)
     drop = ("quantization_config",)  # 8-bit weights became what they stand for
     copy_config(donor.folder, work.dir, dtype=dtype, drop=drop, generation=generation, changes=changes)
-    write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved(work))).encode())
-
-
-def resolved(work: Work[MergeConfig]) -> dict[str, Any]:
-    """The configuration with every default, and models as the user named them."""
-    document: dict[str, Any] = work.config.model_dump(mode="json", exclude={"source_format", "max_memory", "threads"})
-    for place, found in work.inputs.items():
-        node: Any = document
-        *path, last = place.split(".")
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        node[int(last) if isinstance(node, list) else last] = found.value
-    trimmed: dict[str, Any] = _without_unset(document)
-    return trimmed
-
-
-def _without_unset(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _without_unset(v) for k, v in node.items() if v is not None and v != [] and v != {}}
-    return [_without_unset(item) for item in node] if isinstance(node, list) else node
+    write_bytes(work.dir / "merge.yaml", redact(dump_yaml(resolved_settings(work))).encode())
 
 
 def _fingerprint(work: Work[MergeConfig], name: str) -> str | None:

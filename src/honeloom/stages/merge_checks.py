@@ -69,7 +69,7 @@ def verify_merged(work: Work[Any], merger: Merger, *, allow_nan: bool = False) -
         Check(f"transformers builds the result and its logits on {on} are finite", found.finite, True,
               found.finite or allow_nan),
         Check(claim, error, limit, error <= limit),
-        *_template_check(tokenizer),
+        *template_check(tokenizer),
     )  # fmt: skip
     _warn_of_distance(work, probed)
     return checks, probed
@@ -96,7 +96,7 @@ def _number(found: Probe) -> float | None:
     return found.loss if math.isfinite(found.loss) else None
 
 
-def _template_check(tokenizer: Any) -> tuple[Check, ...]:
+def template_check(tokenizer: Any) -> tuple[Check, ...]:
     """Whether the chat template, if there is one, turns a conversation into tokens."""
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return ()

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from honeloom.backends.devices import one_thread
-from honeloom.backends.hf.chat import Encoder
 from honeloom.backends.hf.compare import largest_gap, probe_ids
 from honeloom.backends.hf.load import Loading, load_config, load_model, load_tokenizer
 from honeloom.backends.hf.mixture_use import held_to, pad_rows
 from honeloom.backends.hf.streamed import Weights, checkpoint_weights, streamed_model
 from honeloom.checkpoint.architectures import ARCHITECTURES
 from honeloom.checkpoint.reader import Checkpoint
-from honeloom.errors import TemplateError
 from honeloom.merging.engine.sources import ModelSource
 from honeloom.mixture.config import MixConfig
 from honeloom.mixture.layout import Names, Trunk
+from honeloom.stages.merge_checks import template_check
 from honeloom.stages.mix_inputs import Design, Parts, trunk_of, weights_of, written_dtype
 from honeloom.stages.mix_router import plain_config
 from honeloom.stages.work import Work
@@ -55,7 +54,7 @@ def verify_mixture(work: Work[MixConfig], parts: Parts, design: Design) -> tuple
     """Check what was written against the models that it was made of; on the CPU, in float32."""
     with one_thread(torch.device("cpu")):
         found = _verify_models(work, parts, design) if work.config.whole_models else _verify_trunk(work, parts, design)
-    return (*found, *_template_check(load_tokenizer(work.dir)))
+    return (*found, *template_check(load_tokenizer(work.dir)))
 
 
 @contextmanager
@@ -168,15 +167,3 @@ def _rounded(source: ModelSource, design: Design) -> Weights:
         return source.read(name, start, stop).to(written_dtype(source, name, design.dtype))
 
     return Weights(source.name, {name: source.info(name).shape for name in weights_of(source)}, read)
-
-
-def _template_check(tokenizer: Any) -> tuple[Check, ...]:
-    """Whether the chat template, if there is one, turns a conversation into tokens."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        return ()
-    try:
-        Encoder(tokenizer, 64)
-        renders = True
-    except TemplateError:
-        renders = False
-    return (Check("the chat template renders a conversation", renders, True, renders),)

@@ -30,7 +30,7 @@ from honeloom.runs.journal import Journal, read_journal
 from honeloom.runs.redact import redact
 from honeloom.stages.mix_inputs import Design, Parts, encoder_config, main_dtype, trunk_of, weights_of, written_dtype
 from honeloom.stages.mix_router import Gates
-from honeloom.stages.work import Work
+from honeloom.stages.work import Work, resolved_settings
 from honeloom.system import copy_file, cores, give_back_memory, resident_bytes
 
 __all__ = ["bytes_read", "lay_out", "patch_gates", "write_small_files", "write_tensors_of"]
@@ -194,7 +194,7 @@ def write_small_files(work: Work[MixConfig], parts: Parts, design: Design, gates
     generation = parts.trunk.folder / "generation_config.json"
     if generation.is_file():
         copy_file(generation, work.dir / generation.name)
-    write_bytes(work.dir / "mix.yaml", redact(dump_yaml(resolved(work))).encode())
+    write_bytes(work.dir / "mix.yaml", redact(dump_yaml(resolved_settings(work))).encode())
 
 
 def _copy_into(source: ModelSource, work: Work[MixConfig], name: str) -> None:
@@ -240,22 +240,3 @@ def _config(config: MixConfig, parts: Parts, design: Design, gates: Gates) -> di
 
 def _json(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def resolved(work: Work[MixConfig]) -> dict[str, Any]:
-    """The configuration with every default, and models and rows as the user named them."""
-    document: dict[str, Any] = work.config.model_dump(mode="json", exclude={"source_format", "max_memory", "threads"})
-    for place, found in work.inputs.items():
-        node: Any = document
-        *path, last = place.split(".")
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        node[int(last) if isinstance(node, list) else last] = found.value
-    trimmed: dict[str, Any] = _without_unset(document)
-    return trimmed
-
-
-def _without_unset(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _without_unset(v) for k, v in node.items() if v is not None and v != [] and v != {}}
-    return [_without_unset(item) for item in node] if isinstance(node, list) else node

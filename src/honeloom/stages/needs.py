@@ -330,10 +330,9 @@ def _arguments(job: Job) -> list[str]:
     config, places = job.config, _PLACES[job.verb.name]
     found = [a for name in places for a in _as_list(getattr(config, name))]
     for key, value in config.model_dump(mode="json").items():
-        default = type(config).model_fields[key].get_default(call_default_factory=True)
-        default = default.model_dump(mode="json") if isinstance(default, Config) else default
-        if key not in places and value != (list(default) if isinstance(default, tuple) else default):
-            changed = _changed(value, default)
+        default = _plain(type(config).model_fields[key].get_default(call_default_factory=True))
+        if key not in places and value != default:
+            changed = _changed(value, default, getattr(config, key))
             found += [a for k, v in _flat(key, changed) for a in ("--set", f"{k}={_yaml(v)}")]
     return [*found, "--output-dir", "OUT"]
 
@@ -342,11 +341,29 @@ def _as_list(value: Any) -> list[str]:
     return list(value) if isinstance(value, tuple) else [str(value)]
 
 
-def _changed(value: Any, default: Any) -> Any:
-    """Of a method's settings those that are not its defaults; all of another method's."""
-    if isinstance(value, dict) and isinstance(default, dict) and value.get("type") == default.get("type"):
-        return {k: v for k, v in value.items() if k not in default or v != default[k]}
-    return value
+def _changed(value: Any, default: Any, given: Any = None) -> Any:
+    """Of settings in parts, those that are no defaults: of the same method, or of the one that is given instead."""
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(default, dict) or value.get("type") != default.get("type"):
+        own = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in (type(given).model_fields if isinstance(given, Config) else {}).items()
+            if not field.is_required()
+        }
+        default = {k: _plain(v) for k, v in own.items() if k != "type"}
+    return {
+        k: _changed(v, default.get(k), getattr(given, k, None))
+        for k, v in value.items()
+        if k not in default or v != default[k]
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As a dump for JSON has it."""
+    if isinstance(value, Config):
+        return value.model_dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

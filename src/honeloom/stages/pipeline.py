@@ -24,9 +24,9 @@ from honeloom.runs.signals import terminate_cleanly
 from honeloom.stages.costs import Entry, with_costs
 from honeloom.stages.inputs import INPUTS_SCHEMA, Placed, Resolver
 from honeloom.stages.needs import plan_job
-from honeloom.stages.references import check_references
+from honeloom.stages.references import check_extras, check_references
 from honeloom.stages.runner import Job, announce, describe_inputs, load_report, prepare, run_job, write_provenance
-from honeloom.stages.sweep import SWEEP_FILE, compare_points
+from honeloom.stages.sweep import ABLATION_FILE, SWEEP_FILE, compare_points, effects
 from honeloom.system import copy_file
 from honeloom.types.plans import StagePlan
 from honeloom.types.report import Artefact, Cost, Report
@@ -56,6 +56,8 @@ def run_recipe(
 
     Raises
     ------
+    MissingExtraError
+        A stage needs a package that is not installed; nothing has run.
     OutputExistsError
         `out` holds something that `mode` does not allow.
     VerificationError
@@ -65,6 +67,7 @@ def run_recipe(
     out = locate(out)
     steps = resolve_steps(recipe, out)
     check_references(steps)
+    check_extras(steps)
     resolver = Resolver(pending={str(s.folder): s.name for s in steps})
     jobs = [prepare(s.verb, s.config, resolver) for s in steps]
     asked = {"sweep": recipe.sweep, "objectives": [o.name for o in recipe.objectives]} if recipe.sweep else {}
@@ -102,8 +105,8 @@ def plan_recipe(
 
 
 def _place_in_sweep(recipe: Recipe, step: Step) -> dict[str, Any]:
-    """Numbers of the points that a stage belongs to, and the values that reach it; nothing without a sweep."""
-    if not recipe.sweep:
+    """Numbers of the points that a stage belongs to, and what reaches it; nothing without a sweep or ablation."""
+    if not (recipe.sweep or recipe.ablation):
         return {}
     points = tuple(p.number for p in recipe.points() if p.stages[step.stage] == step.name)
     return {"points": points, "values": dict(step.values)}
@@ -212,6 +215,8 @@ def _write_run(done: Done, output: Output, console: Console) -> None:
     write_json(folder / "report.json", report.to_json())
     if "sweep" in report.details:
         write_json(folder / SWEEP_FILE, {"schema": "honeloom.sweep/1", **report.details["sweep"]})
+    if "ablation" in report.details:
+        write_json(folder / ABLATION_FILE, {"schema": "honeloom.ablation/1", "effects": report.details["ablation"]})
     outside = [i for s in done.steps for i in done.jobs[s.name].inputs.values() if i.paths or i.files]
     write_provenance(folder, report, outside, None)
     load_target("honeloom.reporting.page:write_page")(folder, report)
@@ -223,6 +228,8 @@ def _lock(done: Done) -> dict[str, Any]:
     lock = recipe.model_dump(mode="json")
     if not recipe.sweep:
         del lock["sweep"], lock["objectives"]
+    if not recipe.ablation:
+        del lock["ablation"]
     found: dict[str, dict[str, Any]] = {}
     for step in done.steps:
         # A swept variable or seed must stay one; another method has other settings than those of the first.
@@ -249,7 +256,7 @@ def _reference(step: Step, steps: Sequence[Step]) -> object:
 def _summarise(done: Done, out: Path) -> Report:
     recipe, steps = done.recipe, done.steps
     reports = [done.reports[s.name] for s in steps]
-    sweep = compare_points(recipe, done.reports, done.shared)
+    sweep, ablation = (told(recipe, done.reports, done.shared) for told in (compare_points, effects))
     stages = [
         {
             "name": step.name,
@@ -258,6 +265,7 @@ def _summarise(done: Done, out: Path) -> Report:
             "artefact": asdict(report.artefact) if report.artefact else None,
             "needs": list(dict.fromkeys(done.shared.get(n, n) for n in step.needs)),
             "seconds": report.cost.seconds,
+            **({"without": step.values["without"]} if "without" in step.values else {}),
         }
         for step, report in zip(steps, reports, strict=True)
     ]
@@ -280,7 +288,12 @@ def _summarise(done: Done, out: Path) -> Report:
         details={
             "description": recipe.description,
             "stages": stages,
-            "comparisons": [r.details["against"]["sentence"] for r in reports if r.details.get("against")],
+            "comparisons": [
+                r.details["against"]["sentence"]
+                for s, r in named
+                if r.details.get("against") and "without" not in s.values
+            ],
             **({"sweep": sweep} if sweep else {}),
+            **({"ablation": ablation} if ablation else {}),
         },
     )

@@ -1,15 +1,16 @@
-"""Whether what a stage refers to can be what it asks for, told before anything runs."""
+"""Whether the stages of a recipe can run, told before the first does: what they refer to, and packages they need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from honeloom.config.base import InputField, collect_inputs
 from honeloom.config.recipe import Step
-from honeloom.errors import ConfigError
+from honeloom.errors import ConfigError, MissingExtraError
 
-__all__ = ["check_references", "made_by"]
+__all__ = ["check_extras", "check_references", "made_by"]
 
 _NEEDS_FULL = {
     "tune": ("model",), "federate": ("model",), "drop": ("model",), "export": ("model",),
@@ -88,3 +89,35 @@ def _merging(source: Step, earlier: Mapping[str, Step]) -> str:
     base = settings.get("model") or settings.get("base") or "BASE"
     base = f"${earlier[base].name}" if base in earlier else base
     return f"{source.name}-full: {{merge: {{base_model: {base}, models: [${source.name}], method: task_arithmetic}}}}"
+
+
+def check_extras(steps: Sequence[Step]) -> None:
+    """Refuse a recipe of which a stage needs a package that is not installed, rather than hours later.
+
+    Raises
+    ------
+    MissingExtraError
+        It names the stage, the package and the extra that brings it.
+    """
+    for step in steps:
+        for module, extra in _packages(step):
+            if importlib.util.find_spec(module) is None:
+                raise MissingExtraError(
+                    f"stage {step.name!r} ({step.verb}): {module} is not installed: pip install 'honeloom[{extra}]'"
+                )
+
+
+def _packages(step: Step) -> Iterator[tuple[str, str]]:
+    """Modules that a stage imports beside those that are always there, and their extras."""
+    config: Any = step.config
+    tunes = getattr(getattr(config, "method", None), "tunes", None)
+    if step.verb in ("tune", "federate") or getattr(config, "heal", None) or (tunes and tunes()):
+        yield "peft", "tune"
+    if step.verb == "export" or getattr(config, "profile", None) == "gguf":
+        yield "gguf", "gguf"
+    if getattr(config, "tasks", None):
+        yield "lm_eval", "lm-eval"
+    if getattr(config, "ray", None):
+        yield "ray", "ray"
+    if getattr(config, "engine", "inline") in ("simulation", "deployment"):
+        yield "flwr", "federated"

@@ -1,4 +1,4 @@
-"""What the points of a sweep came to: their objectives, and which of them no other point beats."""
+"""What the points of a sweep came to, and which of them no other beats; and what each stage of an ablation is worth."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from honeloom.config.recipe import Recipe
 from honeloom.config.sweep import Objective
 from honeloom.types.report import Report
 
-__all__ = ["SWEEP_FILE", "compare_points", "nondominated"]
+__all__ = ["ABLATION_FILE", "SWEEP_FILE", "compare_points", "effects", "nondominated"]
 
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, ABLATION_FILE = "sweep.json", "ablation.json"
 
 
 def compare_points(recipe: Recipe, reports: Mapping[str, Report], shared: Mapping[str, str]) -> dict[str, Any] | None:
@@ -91,3 +91,40 @@ def _describe(objective: Objective, reports: Sequence[Report]) -> dict[str, str]
     metrics = [m for r in reports for m in r.metrics if objective.metric and m.name == objective.metric]
     better = ("higher" if metrics[0].higher_is_better else "lower") if metrics else objective.better
     return {"name": objective.name, "better": better, "unit": metrics[0].unit if metrics else ""}
+
+
+def effects(recipe: Recipe, reports: Mapping[str, Report], shared: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The content of `ablation.json`: an entry for every replacement, none without an ablation.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        With `ablation`.
+    reports, shared : mapping
+        As of `compare_points`.
+
+    Returns
+    -------
+    list of dict
+        `without` and `instead` name the stage and what stood in its place; `stage` the last evaluation that the
+        replacement reaches, with its `metric`, `unit`, `better`, `value` and `whole` (that of the whole recipe);
+        `difference` (value less whole) with `ci95`, paired by rows, and so `macro` and `domains`.
+    """
+    entries = []
+    for point in recipe.points() if recipe.ablation else ():
+        if not point.values:
+            continue
+        last = [s for s, name in point.stages.items() if "evaluate" in recipe.stages[s] and name.startswith(f"{s}.")][
+            -1
+        ]
+        name = point.stages[last]
+        found, whole = reports[shared.get(name, name)], reports[shared.get(last, last)]
+        compared = found.details["against"]
+        main = found.metric(compared["metric"])
+        entries.append({
+            **point.values, "point": point.number, "stage": name, "metric": main.name, "unit": main.unit,
+            "better": "higher" if main.higher_is_better else "lower",
+            "value": main.value, "whole": whole.metric(main.name).value, "n": compared["n"],
+            **{key: compared[key] for key in ("difference", "ci95", "macro", "domains")},
+        })  # fmt: skip
+    return entries

@@ -12,7 +12,7 @@ from honeloom.runs.log import Log
 from honeloom.stages.inputs import ResolvedInput
 from honeloom.types.report import ArtefactKind, Check, Metric
 
-__all__ = ["Outcome", "Work"]
+__all__ = ["Outcome", "Work", "resolved_settings"]
 
 ConfigT = TypeVar("ConfigT", bound=VerbConfig)
 
@@ -73,3 +73,22 @@ class Outcome:
     checks: tuple[Check, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     relation: str | None = None
+
+
+def resolved_settings(work: Work[Any]) -> dict[str, Any]:
+    """Settings with every default, and inputs as the user named them, without what is unset or only about the run."""
+    document: dict[str, Any] = work.config.model_dump(mode="json", exclude={"source_format", "max_memory", "threads"})
+    for place, found in work.inputs.items():
+        node: Any = document
+        *path, last = place.split(".")
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        node[int(last) if isinstance(node, list) else last] = found.value
+    trimmed: dict[str, Any] = _without_unset(document)
+    return trimmed
+
+
+def _without_unset(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _without_unset(v) for k, v in node.items() if v is not None and v != [] and v != {}}
+    return [_without_unset(item) for item in node] if isinstance(node, list) else node

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from honeloom.reporting.panel import GREY, SERIES, Panel, by_name, figure
+from honeloom.reporting.panel import Panel, share_map
 from honeloom.reporting.panels.domain_rows import grouped, kind_of, largest_first, names_of, read_domains
-from honeloom.reporting.text import clip, number, plural, visible
+from honeloom.reporting.text import clip, number, plural
 from honeloom.types.report import Report
 
 __all__ = ["labels_panel", "probe_panel"]
@@ -21,8 +21,6 @@ ROWS, COLUMNS = 24, 16
 WITH_NUMBERS = 10
 """Columns up to which every cell has its share written in it."""
 PIXELS = 26
-UNDER = 20
-"""Characters of a name below a column."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -105,29 +103,4 @@ def _heat_map(lines: Sequence[str], columns: Sequence[str], counts: Counts, x: s
         ]
         for name, line in zip(lines, counts.tolist(), strict=True)
     ]
-    written = len(columns) <= WITH_NUMBERS
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": list(range(len(columns))),
-        "y": list(range(len(lines))),
-        "z": shares,
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": [[0, "--raised"], [1, SERIES[0]]],
-        "text": texts,
-        "hovertemplate": "%{text}<extra></extra>",
-        "xgap": 1,
-        "ygap": 1,
-        "showscale": not written,
-        "colorbar": {"thickness": 12, "len": 0.9, "outlinewidth": 0, "tickformat": ".0%", "tickcolor": GREY},
-    }
-    if written:  # paler, so that one colour of text is legible on every cell
-        trace |= {"texttemplate": "%{z:.0%}", "textfont": {"color": "--ink"}, "opacity": 0.6}
-    under = [visible(c if len(c) <= UNDER else f"{c[: UNDER - 1]}…") for c in columns]
-    return figure(
-        [trace], x=x, y=y, height=150 + PIXELS * len(lines) + 4 * max(map(len, under)), hovermode="closest",
-        xaxis={
-            **by_name(columns), "ticktext": under, "range": [-0.5, len(columns) - 0.5], "autotickangles": [0, -40, -90],
-        },
-        yaxis={**by_name(lines), "range": [len(lines) - 0.5, -0.5]},
-    )  # fmt: skip
+    return share_map(lines, columns, shares, texts, x=x, y=y, numbers=WITH_NUMBERS, pixels=PIXELS)

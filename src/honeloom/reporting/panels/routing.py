@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from honeloom.reporting.panel import GREY, SERIES, Panel, by_name, figure, row_height, vertical_line
-from honeloom.reporting.text import clip, number, visible
+from honeloom.reporting.panel import Panel, by_name, figure, row_height, share_map, vertical_line
+from honeloom.reporting.text import clip, number
 from honeloom.types.report import Report
 
 __all__ = ["gates_panel", "routing_panel"]
@@ -52,32 +52,8 @@ def _heat_map(experts: list[str], lines: list[tuple[str, int, list[float]]]) -> 
         [f"{clip(name, 30)} to {clip(expert, 30)}: {share:.1%}" for expert, share in zip(experts, given, strict=True)]
         for name, _, given in lines
     ]
-    written = len(experts) <= WITH_NUMBERS
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": list(range(len(experts))),
-        "y": list(range(len(lines))),
-        "z": [[round(s, 4) for s in given] for _, _, given in lines],
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": [[0, "--raised"], [1, SERIES[0]]],
-        "text": texts,
-        "hovertemplate": "%{text}<extra></extra>",
-        "xgap": 1,
-        "ygap": 1,
-        "showscale": not written,
-        "colorbar": {"thickness": 12, "len": 0.9, "outlinewidth": 0, "tickformat": ".0%", "tickcolor": GREY},
-    }
-    if written:  # paler, so that one colour of text is legible on every cell
-        trace |= {"texttemplate": "%{z:.0%}", "textfont": {"color": "--ink"}, "opacity": 0.6}
-    under = [visible(clip(e, 16)) for e in experts]
-    return figure(
-        [trace], x="expert", y="", height=150 + _PIXELS * len(lines) + 4 * max(map(len, under)), hovermode="closest",
-        xaxis={
-            **by_name(experts), "ticktext": under, "range": [-0.5, len(experts) - 0.5], "autotickangles": [0, -40, -90],
-        },
-        yaxis={**by_name(names), "range": [len(lines) - 0.5, -0.5]},
-    )  # fmt: skip
+    shares = [[round(s, 4) for s in given] for _, _, given in lines]
+    return share_map(names, experts, shares, texts, x="expert", y="", numbers=WITH_NUMBERS, pixels=_PIXELS)
 
 
 def gates_panel(folder: Path, report: Report) -> Panel | None:

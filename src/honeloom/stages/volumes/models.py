@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from honeloom.checkpoint.export_config import ExportConfig
 from honeloom.dropping.config import DropConfig
 from honeloom.dropping.plan import rounds_of
 from honeloom.federated.config import AggregateConfig
@@ -14,6 +15,7 @@ from honeloom.merging.merge_config import MergeConfig
 from honeloom.mixture.config import MixConfig
 from honeloom.planning.volume import Lengths, Part, backward, greedy_losses, score, train
 from honeloom.stages.drop_cache import ScoreCache, score_key
+from honeloom.stages.export_texts import TEXTS
 from honeloom.stages.glue_plan import models_of_one_shape, tried
 from honeloom.stages.runner import Job
 from honeloom.stages.volumes.counting import ADAPTER_BYTES, Counted, count, rows_of
@@ -21,13 +23,18 @@ from honeloom.stages.volumes.reading import Made, PlanReader, Pool, Shape
 from honeloom.zoo.config import GlueConfig
 
 __all__ = [
-    "count_aggregate", "count_bytes", "count_drop", "count_extract", "count_glue", "count_merge", "count_mix",
+    "count_aggregate", "count_bytes", "count_drop", "count_export", "count_extract", "count_glue", "count_merge",
+    "count_mix",
 ]  # fmt: skip
 
 POINTS = 16
 """Most points of a drop's curve."""
 
 
+_WEIGHT_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+"""Of a weight in a GGUF file: eight bits each, and a scale for every 32."""
+_TEXT_BYTES = 3
+"""Of a token of the texts that a file is tried on, which are of many scripts."""
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -161,7 +168,7 @@ def count_extract(job: Job, reader: PlanReader) -> Counted:
 
 
 def count_bytes(job: Job, reader: PlanReader) -> Counted:
-    """A verb that reads files and writes as many bytes: a conversion, an export."""
+    """A verb that reads files and writes as many bytes."""
     read = sum(i.size for i in job.inputs.values())
     shapes = _shapes(job, reader)
     read = max(read, _weights(shapes))
@@ -169,6 +176,19 @@ def count_bytes(job: Job, reader: PlanReader) -> Counted:
     made = Made(shape=replace(shape, predicted=True)) if shape else Made()
     volume = count((), (), (), shapes, read=read, written=read)
     return Counted(volume, (), shapes, made, read, dict.fromkeys(shapes, 1))
+
+
+def count_export(job: Job, reader: PlanReader) -> Counted:
+    """Every weight is read and written in another type, and the source and the file give logits of some texts."""
+    config = job.config
+    assert isinstance(config, ExportConfig)  # by the verb
+    shape = reader.shape(job.inputs["model"])
+    written = round(shape.decoder.parameters * _WEIGHT_BYTES[config.quant])
+    tokens = [max(1, len(text.encode()) // _TEXT_BYTES) for text in TEXTS]
+    texts = Lengths.of(len(TEXTS), tokens, [0] * len(TEXTS), [[n] for n in tokens], counted=False)
+    parts = (score("compare logits", texts, batch=1, times=2),)
+    volume = count(parts, (), (), {"model": shape}, read=shape.size, written=written)
+    return Counted(volume, parts, {"model": shape}, Made(), written, {"model": 2})
 
 
 def count_drop(job: Job, reader: PlanReader) -> Counted:
