@@ -19,12 +19,25 @@ def snapshot(out: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.name == "report.json":
             data = json.dumps(_without_cost(json.loads(data)), sort_keys=True).encode()
+        if path.name == "rounds.jsonl":
+            data = json.dumps([_without_seconds(json.loads(line)) for line in data.splitlines()]).encode()
         found[name] = "" if path.name in VOLATILE else hashlib.sha256(data).hexdigest()
     return found
 
 
 def _without_cost(document: dict[str, Any]) -> dict[str, Any]:
+    """Without what a result took, and whether importances were known from before, which a killed run leaves."""
     del document["cost"]
+    document["details"].pop("scores_reused", None)
     for stage in document["details"].get("stages", []):
         del stage["seconds"]
     return document
+
+
+_COSTS = {"seconds", "server_seconds", "peak_rss_bytes"}
+
+
+def _without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_seconds(v) for k, v in value.items() if k not in _COSTS}
+    return [_without_seconds(v) for v in value] if isinstance(value, list) else value

@@ -26,14 +26,14 @@ stages:
   after: {{evaluate: {{model: $small, rows: $rows, against: $before}}}}
 """
 ABLATION = """ablation:
-  pick: $rows
+  pick: {select: {rows: $rows, keep: 9}}
   merged: $model
-  small: [$merged, {drop: {model: $merged, mlp: 1, calibration: $rows, samples: 4}}]
+  small: [$merged, {merge: {models: [$merged, $model]}}]
 """
 NAMES = [
-    "1-before", "2-pick", "3-tuned", "3-tuned.without-pick", "4-merged", "4-merged.without-pick", "5-small",
-    "5-small.without-merged", "5-small.without-pick", "5-small.without-small-2", "6-after", "6-after.without-merged",
-    "6-after.without-pick", "6-after.without-small", "6-after.without-small-2",
+    "1-before", "2-pick", "2-pick.without-pick", "3-tuned", "3-tuned.without-pick", "4-merged", "4-merged.without-pick",
+    "5-small", "5-small.without-merged", "5-small.without-pick", "5-small.without-small-2", "6-after",
+    "6-after.without-merged", "6-after.without-pick", "6-after.without-small", "6-after.without-small-2",
 ]  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def test_each_replacement_is_measured_against_the_whole(recipe, tmp_path, capsys
     found = report["details"]["ablation"]
     assert json.loads((run / "ablation.json").read_bytes()) == {"schema": "honeloom.ablation/1", "effects": found}
     assert [(e["without"], e["instead"], e["stage"]) for e in found] == [
-        ("pick", "$rows", "after.without-pick"), ("merged", "$model", "after.without-merged"),
-        ("small", "$merged", "after.without-small"), ("small", "mlp 1", "after.without-small-2"),
+        ("pick", "keep 9", "after.without-pick"), ("merged", "$model", "after.without-merged"),
+        ("small", "$merged", "after.without-small"), ("small", "merge $merged", "after.without-small-2"),
     ]  # fmt: skip
     with_all, domains = examples(run, "6-after")
     for effect in found:
@@ -113,7 +113,7 @@ def test_an_ablation_adds_to_a_run_and_leaves_it_as_it_is(whole, tmp_path):
     assert by_name["before"].points == (1, 2, 3, 4, 5)
     assert by_name["small"].points == (1,)
     assert by_name["small.without-pick"].points == (2,)
-    assert dict(by_name["small.without-small-2"].values) == {"without": "small", "instead": "mlp 1"}
+    assert dict(by_name["small.without-small-2"].values) == {"without": "small", "instead": "merge $merged"}
     honeloom.run(whole, output_dir=run, resume=True)
     assert stage_names(run) == NAMES
     assert {n: (run / "stages" / n / "report.json").stat().st_mtime_ns for n in names} == stamps

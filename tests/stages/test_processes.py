@@ -40,6 +40,18 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
     assert compare(tmp_path, "lora") > 1e-3
 
 
+def test_an_adapter_has_the_same_bytes_whatever_the_hash_seed(tmp_path, tiny_model, rows):
+    """PEFT holds the names of modules in a set, and would write them in the order of their hashes."""
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "honeloom", "tune", str(tiny_model), str(rows), "--max-steps", "1"]
+        subprocess.run(
+            [*command, "--output-dir", str(tmp_path / seed)], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+            capture_output=True,
+        )  # fmt: skip
+    for name in ("adapter_config.json", "adapter_model.safetensors", "inputs.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
 HEARD = """
 import os, torch
 from honeloom.backends.hf.tune import _heard_anywhere

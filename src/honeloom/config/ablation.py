@@ -22,13 +22,15 @@ class Replacement:
     instead: Mapping[str, Any] | str
 
     def told(self, stages: Mapping[str, Mapping[str, Any]]) -> str:
-        """A few words of it: the verb, and how it differs from a stage of the same verb."""
+        """A few words of it: how it differs from a stage of the same verb; of another verb what it reads, and how."""
         if isinstance(self.instead, str):
             return self.instead
         verb, settings = next(iter(self.instead.items()))
         before = stages[self.stage].get(verb)
         if not isinstance(settings, Mapping) or not isinstance(before, Mapping):
-            return verb
+            read = ", ".join(f"${name}" for name in references(settings) if name in stages)
+            method = settings.get("method") if isinstance(settings, Mapping) else None
+            return " ".join([verb, *filter(None, (read, f"({_short(method)})" if method else ""))])
         changed = [f"{k} {_short(v)}" for k, v in settings.items() if v != before.get(k)]
         absent = [f"no {k}" for k in before if k not in settings]
         return ", ".join(changed or absent[:1]) or verb

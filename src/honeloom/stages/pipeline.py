@@ -231,7 +231,7 @@ def _lock(done: Done) -> dict[str, Any]:
     if not recipe.ablation:
         del lock["ablation"]
     found: dict[str, dict[str, Any]] = {}
-    for step in done.steps:
+    for step in (s for s in done.steps if "without" not in s.values):
         # A swept variable or seed must stay one; another method has other settings than those of the first.
         as_written = any("." not in key or key.endswith(".type") for key in step.values)
         settled = recipe.stages[step.stage][step.verb] if as_written else _reference(step, done.steps)

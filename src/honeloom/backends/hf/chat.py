@@ -206,7 +206,10 @@ class Encoder:
         return self._render_marked(messages) if self._marked else self._render_spans(messages)
 
     def _render_marked(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        rendered = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        rendered = self._apply(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},  # a long row is cut afterwards, and is no reason to warn
+        )  # fmt: skip
         return list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]]
 
     def _render_spans(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:

@@ -83,9 +83,13 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"method.targets {targets!r}: {error}; `all-linear` adapts every linear layer") from None
+    held = wrapped.peft_config["default"]
+    if isinstance(held.target_modules, set):  # its order, which PEFT writes, follows the interpreter's hash seed
+        held.target_modules = sorted(held.target_modules)
+    return wrapped
 
 
 def lora_arguments(
