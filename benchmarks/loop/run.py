@@ -118,7 +118,7 @@ def goals(run: Path, whole: Report) -> list[tuple[str, str, bool]]:
     macro = loss(after, "macro") / loss(before, "macro") - 1
     seconds = whole.cost.seconds
     return [
-        ("under 20 minutes", f"{seconds / 60:.1f}", seconds < 1200),
+        ("under 20 minutes", f"{seconds / 60:.1f} minutes", seconds < 1200),
         ("at least 25% fewer bytes of cache", f"{cache:+.1%}", cache <= -0.25),
         ("at least 5% fewer parameters", f"{params:+.1%}", params <= -0.05),
         (f"loss on {TARGET} lower than base6m's, interval without 0", interval(better), better["ci95"][1] < 0),
@@ -148,6 +148,11 @@ def write_page(file: Path, run: Path, whole: Report, ablated: Report) -> None:
         for s in whole.details["stages"]
         if (cost := stage(run, s["name"]).cost)
     ]
+    unclear = [
+        f"{e['without']} ({e['instead']})"
+        for e in ablated.details["ablation"]
+        if all(f["ci95"][0] <= 0 <= f["ci95"][1] for f in (e["domains"][TARGET], e["macro"]))
+    ]
     missed = [f"- {name}: {told}." for name, told, met in reached if not met]
     domains = {m.domain for m in before.metrics if m.name == "loss"} - {"all", "macro"}
     file.write_text(
@@ -157,7 +162,7 @@ def write_page(file: Path, run: Path, whole: Report, ablated: Report) -> None:
             goals="\n".join(f"| {n} | {t} | {'yes' if m else 'no'} |" for n, t, m in reached),
             missed="\n".join(missed) or "Nothing.", target=TARGET, losses="\n".join(table),
             rows=before.metric("loss", "all").n, target_rows=before.metric("loss", TARGET).n, domains=len(domains),
-            removed="\n".join(removed), costs="\n".join(costs),
+            removed="\n".join(removed), unclear=", ".join(unclear) or "none", costs="\n".join(costs),
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -196,6 +201,8 @@ are to the whole recipe's result, so above 0 the stage has helped.
 | without | instead | {target} | macro |
 | --- | --- | --- | --- |
 {removed}
+
+Without a clear effect on either: {unclear}.
 
 ## Cost
 
