@@ -32,8 +32,8 @@ ABLATION = """ablation:
 """
 NAMES = [
     "1-before", "2-pick", "2-pick.without-pick", "3-tuned", "3-tuned.without-pick", "4-merged", "4-merged.without-pick",
-    "5-small", "5-small.without-merged", "5-small.without-pick", "5-small.without-small-2", "6-after",
-    "6-after.without-merged", "6-after.without-pick", "6-after.without-small", "6-after.without-small-2",
+    "5-small", "5-small.without-merged", "5-small.without-pick", "5-small.without-small.2", "6-after",
+    "6-after.without-merged", "6-after.without-pick", "6-after.without-small", "6-after.without-small.2",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_each_replacement_is_measured_against_the_whole(recipe, tmp_path, capsys
     assert json.loads((run / "ablation.json").read_bytes()) == {"schema": "honeloom.ablation/1", "effects": found}
     assert [(e["without"], e["instead"], e["stage"]) for e in found] == [
         ("pick", "keep 9", "after.without-pick"), ("merged", "$model", "after.without-merged"),
-        ("small", "$merged", "after.without-small"), ("small", "merge $merged", "after.without-small-2"),
+        ("small", "$merged", "after.without-small"), ("small", "merge $merged", "after.without-small.2"),
     ]  # fmt: skip
     with_all, domains = examples(run, "6-after")
     for effect in found:
@@ -113,7 +113,7 @@ def test_an_ablation_adds_to_a_run_and_leaves_it_as_it_is(whole, tmp_path):
     assert by_name["before"].points == (1, 2, 3, 4, 5)
     assert by_name["small"].points == (1,)
     assert by_name["small.without-pick"].points == (2,)
-    assert dict(by_name["small.without-small-2"].values) == {"without": "small", "instead": "merge $merged"}
+    assert dict(by_name["small.without-small.2"].values) == {"without": "small", "instead": "merge $merged"}
     honeloom.run(whole, output_dir=run, resume=True)
     assert stage_names(run) == NAMES
     assert {n: (run / "stages" / n / "report.json").stat().st_mtime_ns for n in names} == stamps
@@ -129,7 +129,8 @@ def test_an_ablation_adds_to_a_run_and_leaves_it_as_it_is(whole, tmp_path):
         ("{pick: $tuned}", r"ablation: pick: '\$tuned' is no variable or earlier stage"),
         ("{pick: {chose: {rows: $rows}}}", r"ablation: pick: give another stage as \{verb: settings\}"),
         ("{pick: [{}]}", r"ablation: pick: give another stage as \{verb: settings\}"),
-        ("{after: {evaluate: {model: $small, rows: $rows}}}", "ablation: after: no evaluation reads what it makes"),
+        ("{after: {evaluate: {model: $small, rows: $rows}}}", "ablation: after: no evaluation of rows reads what"),
+        ("{pick: []}", "ablation: pick: an empty list"),
         ("{pick: $rows}\nsweep: {pick.keep: [5, 6]}", "a recipe has a sweep or an ablation, not both"),
         ("{pick: {select: {rows: $rows, kep: 3}}}", r"stage 'pick.without-pick' \(select\): unknown key 'kep'"),
         ("{small: {drop: {model: $small, attention: 1, calibration: $rows}}}", r"'\$small' is no variable or earlier"),

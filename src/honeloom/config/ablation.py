@@ -10,7 +10,7 @@ from honeloom.config.sweep import MAX_POINTS, Point, Variant, references
 from honeloom.registry import suggest
 from honeloom.verbs import VERBS
 
-__all__ = ["Replacement", "ablated_points", "ablated_variants", "check_ablation", "replacements"]
+__all__ = ["Replacement", "ablated_points", "ablated_variants", "check_ablation", "measures", "replacements"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ def _short(value: Any) -> str:
 
 
 def replacements(ablation: Mapping[str, Any]) -> list[Replacement]:
-    """All of them, in order; of several for one stage the second is labelled `without-<stage>-2`."""
+    """All of them, in order; of several for one stage the second is labelled `without-<stage>.2`."""
     found = []
     for stage, given in ablation.items():
         for number, instead in enumerate(given if isinstance(given, list) else [given], 1):
-            label = f"without-{stage}" + (f"-{number}" if number > 1 else "")
+            label = f"without-{stage}" + (f".{number}" if number > 1 else "")  # no name of a stage has a dot
             found.append(Replacement(label, stage, instead))
     return found
 
@@ -55,6 +55,8 @@ def replacements(ablation: Mapping[str, Any]) -> list[Replacement]:
 def check_ablation(ablation: Mapping[str, Any], stages: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     """Refuse what cannot stand in a stage's place, or is never measured; raises ValueError."""
     order = list(stages)
+    if empty := [stage for stage, given in ablation.items() if given == []]:
+        raise ValueError(f"ablation: {empty[0]}: an empty list; name what stands in its place, or leave it out")
     for one in replacements(ablation):
         if one.stage not in stages:
             raise ValueError(f"ablation: no stage {one.stage!r}{suggest(one.stage, order)} (known: {', '.join(order)})")
@@ -71,10 +73,16 @@ def check_ablation(ablation: Mapping[str, Any], stages: Mapping[str, Any], names
                 f"{what}: give another stage as {{verb: settings}}, the $NAME that its readers get instead, or a list "
                 f"of such; found {one.instead!r}"
             )
-        if not any("evaluate" in stages[name] for name in _reached(one.stage, stages)):
-            raise ValueError(f"{what}: no evaluation reads what it makes, so nothing would tell its effect")
+        if not any(measures(stages[name]) for name in _reached(one.stage, stages)):
+            raise ValueError(f"{what}: no evaluation of rows reads what it makes, so nothing would tell its effect")
     if (count := len(replacements(ablation)) + 1) > MAX_POINTS:
         raise ValueError(f"ablation: {count} runs, at most {MAX_POINTS}; give fewer replacements")
+
+
+def measures(body: Mapping[str, Any]) -> bool:
+    """Whether a stage evaluates rows: those of two models can be compared one by one."""
+    settings = body.get("evaluate")
+    return isinstance(settings, Mapping) and bool(settings.get("rows"))
 
 
 def _reached(stage: str, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:

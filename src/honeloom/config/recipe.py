@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from honeloom.config.ablation import ablated_points, ablated_variants, check_ablation
+from honeloom.config.ablation import ablated_points, ablated_variants, check_ablation, measures
 from honeloom.config.base import Config, VerbConfig, Withdrawn, validate
 from honeloom.config.load import apply_overrides, load_yaml, parse_scalar
 from honeloom.config.shipped import shipped_names
@@ -178,7 +178,7 @@ def _step(recipe: Recipe, variant: Variant, stage: str, known: Mapping[str, Step
     if not isinstance(data, dict):
         raise ConfigError(f"stage {variant.name!r}: the settings of {verb!r} must be a mapping, found {data!r}")
     cls = load_target(VERBS[verb].config)
-    if verb == "evaluate" and "without" in variant.values:
+    if "without" in variant.values and measures({verb: data}):
         data["against"] = str(known[stage].folder)  # the effect of a stage, with its interval
         needs.append(stage)
     data.setdefault("seed", recipe.seed if variant.seed is None else variant.seed)

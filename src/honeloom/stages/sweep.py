@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from honeloom.config.ablation import measures
 from honeloom.config.recipe import Recipe
 from honeloom.config.sweep import Objective
 from honeloom.types.report import Report
@@ -114,9 +115,7 @@ def effects(recipe: Recipe, reports: Mapping[str, Report], shared: Mapping[str, 
     for point in recipe.points() if recipe.ablation else ():
         if not point.values:
             continue
-        last = [s for s, name in point.stages.items() if "evaluate" in recipe.stages[s] and name.startswith(f"{s}.")][
-            -1
-        ]
+        last = [s for s, name in point.stages.items() if measures(recipe.stages[s]) and name.startswith(f"{s}.")][-1]
         name = point.stages[last]
         found, whole = reports[shared.get(name, name)], reports[shared.get(last, last)]
         compared = found.details["against"]
