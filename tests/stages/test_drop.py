@@ -257,6 +257,17 @@ def test_healing_lowers_the_loss_and_is_what_was_trained(drop, llama, tmp_path, 
         assert torch.equal(old.read("model.embed_tokens.weight"), new.read("model.embed_tokens.weight"))
 
 
+def test_healed_losses_are_those_of_the_rounded_files(tmp_path):
+    """The lab's weights are bf16: a step that rounding takes back half of must be told as it is in the files."""
+    report = honeloom.drop(
+        "lab:base", attention=1, calibration="lab:dev", samples=32, heal="lab:pool", heal_steps=1, heal_lr=1e-3,
+        profile="dropped", output_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert report.verification[0].value < 2e-4
+    told = json.loads((tmp_path / "out" / "report.json").read_bytes())["details"]["healing"]["loss"]["after"]
+    assert told == report.metric("loss", "healed").value
+
+
 @pytest.mark.parametrize(("model_type", "fields"), [("llama", {}), ("gpt2", {"n_layer": 4, "n_head": 4, "n_embd": 64})])
 def test_scaled_channels_bring_the_stream_closer_to_the_source(drop, tmp_path, rows, model_type, fields):
     """Of the half behind the gap, on the calibration rows: least squares of every channel cannot end up farther."""

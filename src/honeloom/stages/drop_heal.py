@@ -20,7 +20,7 @@ from honeloom.backends.hf.router_inputs import row_losses
 from honeloom.backends.hf.states import watched
 from honeloom.backends.hf.sublayer_map import Half, Sublayers, layer_list
 from honeloom.backends.hf.sublayers import silence
-from honeloom.backends.hf.tune import add_lora, train
+from honeloom.backends.hf.tune import add_lora, merge_lora, train
 from honeloom.checkpoint.adapter import LoraAdapter
 from honeloom.checkpoint.architectures import Architecture, architecture_of, output_tensors
 from honeloom.checkpoint.dtypes import torch_dtype
@@ -127,6 +127,7 @@ def heal(session: Session, source: DropSource, drops: Drops, plan: DropPlan) -> 
         if config.heal:
             adapter, trained, encoded = _tune(work, source, session)
             probes, details = encoded[:PROBES], {**details, **trained}
+        _round(session, checkpoint, architecture.disk_layers, scales, tuned=adapter is not None)
         expected = row_losses(session.model, probes) if probes else None
         loss = _measured(session)
         _write(target, checkpoint, scales, adapter, architecture)
@@ -134,6 +135,16 @@ def heal(session: Session, source: DropSource, drops: Drops, plan: DropPlan) -> 
     details["loss"] = {"before": before.mean if before else None, "after": loss.mean if loss else None}
     checks = () if expected is None else (_check(work, target, plan, probes, expected, exact=exact),)
     return Healed(target, details, loss, checks)
+
+
+def _round(session: Session, checkpoint: Checkpoint, prefixes: Sequence[str], scales: Scales, *, tuned: bool) -> None:
+    """What has changed, as the files will have it: losses are then those of the files, whatever rounding takes away."""
+    if tuned:
+        kinds = {i.dtype for name in checkpoint.names() if len((i := checkpoint.info(name)).shape) == 2}
+        session.model = merge_lora(session.model, torch_dtype(kinds.pop()) if len(kinds) == 1 else None)
+    for name in scales:
+        parameter = _parameter(session.model, session.where, prefixes, name)
+        parameter.data = parameter.data.to(torch_dtype(checkpoint.info(name).dtype)).to(parameter.dtype)
 
 
 def _row_losses_without(session: Session, drops: Drops) -> Loss | None:
@@ -299,11 +310,14 @@ def _check(
     *,
     exact: bool,
 ) -> Check:
-    """The merged files give the losses of the model that was healed, as far as their number type can."""
+    """The merged files give the losses of the model that was healed, with weights rounded to their number type.
+
+    Sums of float32 and of float64 differ in the last bit before they are rounded, now and then to another number.
+    """
     release_memory()
     again = load_model(folder, loading=Loading.of(work.config))
     silence(again, attention=plan.dropped_attention(), mlp=plan.dropped_mlp())
     tokens = sum(row.targets for row in probes)
     gap = abs(float((row_losses(again, probes) - expected).sum())) / tokens
-    limit = 1e-4 if exact else 2e-2
+    limit = 1e-4 if exact else 5e-3
     return Check("the merged weights have the loss of the healed model (nats per token)", gap, limit, gap <= limit)

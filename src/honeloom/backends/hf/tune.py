@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,8 +34,8 @@ from honeloom.runs.signals import PendingSignal, deferred_signals
 from honeloom.tuning.config import TuneConfig
 
 __all__ = [
-    "Trained", "add_lora", "lora_arguments", "row_order", "rows_in_all", "require_trackers", "total_steps",
-    "train", "training_arguments", "unfreeze",
+    "Trained", "add_lora", "lora_arguments", "merge_lora", "require_trackers", "row_order", "rows_in_all",
+    "total_steps", "train", "training_arguments", "unfreeze",
 ]  # fmt: skip
 
 COMPLETE = "complete.json"
@@ -90,6 +91,15 @@ def add_lora(
     if isinstance(held.target_modules, set):  # its order, which PEFT writes, follows the interpreter's hash seed
         held.target_modules = sorted(held.target_modules)
     return wrapped
+
+
+def merge_lora(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model with its adapters added to their weights, as these are once a file has them in `dtype`."""
+    changed = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer)]
+    merged = model.merge_and_unload()
+    for layer in changed if dtype is not None else ():
+        layer.weight.data = layer.weight.data.to(dtype).to(layer.weight.dtype)
+    return merged
 
 
 def lora_arguments(
