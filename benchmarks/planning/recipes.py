@@ -120,7 +120,8 @@ def write_page() -> None:
     whole = {name: totals(name, some) for name, some in found.items()}
     text = TEXT.format(
         stages="\n".join(map(line, stages)), recipes="\n".join(row for _, row in whole.values()), short=SHORT,
-        shipped=", ".join(f"`{n}`" for n in SHIPPED), shipped_off=off([r for n, (r, _) in whole.items() if n in SHIPPED]),
+        shipped=", ".join(f"`{n}`" for n in SHIPPED),
+        shipped_off=off([r for n, (r, _) in whole.items() if n in SHIPPED]),
         recipe_off=off([r for r, _ in whole.values()]), judged=len(judged),
         stage_off=off([ratio(s, "cpu_seconds", "cpu_seconds") for s in judged]),
         memory_off=off([ratio(s, "memory_bytes", "peak_rss_bytes") for s in stages]),
