@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,8 @@ import honeloom
 from honeloom.cli.main import _run
 from honeloom.errors import OutputExistsError
 from honeloom.reporting.lineage_graph import lineage_graph
+from honeloom.reporting.page import write_page
+from honeloom.reporting.parts import warnings_of
 from honeloom.stages.records import render_report
 from honeloom.stages.runner import load_report
 
@@ -101,3 +104,16 @@ def test_licences_travel_from_cards_to_what_is_made(tmp_path, rows, tiny_model):
     rows.with_name("README.md").write_text("---\nlicense: [a, {\n---\n")  # whatever a card holds, it is only asked
     honeloom.select(rows, keep="25%", output_dir=tmp_path / "other")
     assert json.loads((tmp_path / "other" / "inputs.json").read_bytes())["inputs"][0]["licences"] == ["unknown"]
+
+
+def test_warnings_that_say_the_same_stand_once_and_many_fold(folder):
+    run = folder / "plain"
+    report = load_report(run)
+    said = [*(f"{s}: rows were cut" for s in ("a", "b", "b.without-a", "b.2-1", "c.1")), *(f"a: {i}" for i in range(9))]
+    told = replace(report, warnings=tuple(said))
+    assert warnings_of(told) == ["a, b, c.1: rows were cut", *(f"a: {i}" for i in range(9))]
+    assert warnings_of(replace(told, verb="select")) == said
+    page = write_page(run, told).read_text()
+    assert page.index("a, b, c.1: rows were cut") < page.index("<summary>and 4 more") < page.index("a: 8")
+    assert "10 warnings" in page
+    write_page(run, report)

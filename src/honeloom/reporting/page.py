@@ -16,7 +16,7 @@ from honeloom import __version__
 from honeloom.reporting import text
 from honeloom.reporting.lineage_graph import lineage_graph
 from honeloom.reporting.panels import PANELS
-from honeloom.reporting.parts import overall_verdict, read_parts
+from honeloom.reporting.parts import WARNINGS, overall_verdict, read_parts, warnings_of
 from honeloom.reporting.records import read_records
 from honeloom.reporting.run_panels import ablation_panel, headline_panel, sweep_panel
 from honeloom.runs.atomic import write_bytes
@@ -76,6 +76,8 @@ def write_page(folder: Path, report: Report) -> Path | None:
             parts=parts,
             panels=panels,
             is_run=is_run,
+            warned=warnings_of(report),
+            most_warnings=WARNINGS,
             headline=headline,
             points=points,
             graph=lineage_graph(folder, report),

@@ -11,7 +11,10 @@ from honeloom.reporting.records import read_inputs
 from honeloom.reporting.verdict import Verdict, describe, describe_run
 from honeloom.types.report import Report
 
-__all__ = ["Part", "overall_verdict", "read_parts"]
+__all__ = ["WARNINGS", "Part", "overall_verdict", "read_parts", "warnings_of"]
+
+WARNINGS = 6
+"""Warnings that stand open on a page; the rest unfolds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +47,18 @@ def overall_verdict(report: Report, parts: Sequence[Part]) -> Verdict:
         return parts[0].verdict
     entries = zip(parts, report.details["stages"], strict=True)
     return describe_run([(p.report, p.verdict) for p, entry in entries if not entry.get("without")], report)
+
+
+def warnings_of(report: Report) -> list[str]:
+    """What was warned of; in a run once for all stages, and variants of them, that say the same."""
+    if report.verb != "run":
+        return list(report.warnings)
+    stages: dict[str, list[str]] = {}
+    for warning in report.warnings:
+        stage, _, text = warning.partition(": ")
+        stages.setdefault(text, []).append(stage)
+    said = []
+    for text, names in stages.items():
+        alone = [n for n in dict.fromkeys(names) if n.partition(".")[0] == n or n.partition(".")[0] not in names]
+        said.append(f"{', '.join(alone)}: {text}")
+    return said

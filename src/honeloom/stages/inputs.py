@@ -188,7 +188,9 @@ class Resolver:
             found = look(str(here.path), field.place, known=here.fingerprint)
         except NotCachedError:
             return ResolvedInput(field.place, field.kind, field.value, (), "", 0, missing=True)
-        return replace(found, value=here.shown or field.value, relative=here.relative)
+        value = here.shown or field.value
+        files = tuple(replace(f, label=f.label.replace(str(here.path), value, 1)) for f in found.files)
+        return replace(found, value=value, relative=here.relative, files=files)
 
 
 def resolve_folder(value: str, place: str) -> ResolvedInput:
