@@ -414,6 +414,7 @@ def test_a_client_that_cannot_measure_costs_itself_alone_and_too_few_end_it(tmp_
         measuring(tmp_path / "few", settings(lr="auto"), **{"client-1": -1.0, "client-2": 9.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_measured_rate_through_the_door(tmp_path, method):
     how = {"rows": "lab:dev", "partition": {"type": "iid", "n": 2}, "rounds": 2, "local_steps": 10, "batch_size": 4,
@@ -781,6 +782,7 @@ def test_clients_without_adapters_must_begin_with_the_same_weights():
 DP = {"clip": 5.0, "noise": 1.0, "delta": 1e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uplink", ["scalars", "seed-pool"])
 def test_noise_on_scalars_through_the_door(tmp_path, uplink):
     how = {"rows": "lab:dev", "partition": {"type": "iid", "n": 3}, "rounds": 2, "local_steps": 4, "batch_size": 8,

@@ -335,6 +335,7 @@ print(run.out)
 """
 
 
+@pytest.mark.slow
 def test_hash_seed_changes_no_byte(models, tmp_path):
     digests = set()
     for seed in ("0", "1"):

@@ -151,10 +151,12 @@ def test_a_sweep_killed_at_every_eleventh_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, f"{two_selections(rows, 2)}sweep: {{pick.keep: [50%, 6]}}\n"), every=11)
 
 
+@pytest.mark.slow
 def test_a_replaced_run_killed_at_every_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, two_selections(rows, 2), before=two_selections(rows, 3)))
 
 
+@pytest.mark.slow
 def test_a_taken_over_run_killed_at_every_commit_point(tmp_path, rows):
     """An interrupted run of another recipe lies beside OUT; its matching stage is used whenever the process dies."""
     scene = Scene(tmp_path, two_selections(rows, 2), before=two_selections(rows, 3))

@@ -103,6 +103,7 @@ def test_killed_and_resumed_is_the_uninterrupted_mix(tmp_path, tiny_model, other
     assert digests(out) == digests(tmp_path / "clean")
 
 
+@pytest.mark.slow
 def test_bytes_depend_on_neither_threads_nor_hash_seed(recipe, tmp_path):
     (tmp_path / "mix.yaml").write_text(json.dumps(recipe))
     found = []

@@ -40,6 +40,7 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
     assert compare(tmp_path, "lora") > 1e-3
 
 
+@pytest.mark.slow
 def test_an_adapter_has_the_same_bytes_whatever_the_hash_seed(tmp_path, tiny_model, rows):
     """PEFT holds the names of modules in a set, and would write them in the order of their hashes."""
     for seed in ("1", "2"):

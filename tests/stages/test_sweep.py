@@ -122,6 +122,7 @@ def test_points_that_come_out_the_same_share_their_results(tmp_path, make_rows, 
     assert verify_folder(tmp_path / "run")[1] == []
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(recipe, tmp_path):
     whole = honeloom.run(recipe, output_dir=tmp_path / "whole")
 

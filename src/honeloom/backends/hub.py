@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -110,9 +118,16 @@ def fetch_config(name: str) -> Path:
         As `fetch_model`, and where there is no config.json.
     """
     repository, _, revision = name.partition("@")
-    arguments: dict[str, Any] = {"revision": revision or None, "etag_timeout": ANSWER_SECONDS}
+
+    def download() -> str:
+        here = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+        if not isinstance(here, str) and not constants.HF_HUB_OFFLINE:
+            # Of a file that is not in the cache it would ask a hub that does not answer for a minute.
+            HfApi().repo_info(repository, revision=revision or None, timeout=ANSWER_SECONDS)
+        return str(hf_hub_download(repository, "config.json", revision=revision or None, etag_timeout=ANSWER_SECONDS))
+
     try:
-        return Path(_repeated(lambda: hf_hub_download(repository, "config.json", **arguments))).parent
+        return Path(_repeated(download)).parent
     except RemoteEntryNotFoundError:
         raise SourceError(f"model {name}: the repository has no config.json; download it to see what it is") from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, _http.TransportError, OSError) as error:
