@@ -40,6 +40,7 @@ def test_auto_trains_and_the_loss_falls(tmp_path, more):
     assert not any("go up in the mean" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_with_the_numbers_it_had(tmp_path, monkeypatch):
     tune(tmp_path / "straight", **AUTO)
     append, measure, count = Journal.append, curvature.estimate_for, {"n": 0, "measured": 0}

@@ -34,6 +34,8 @@ from honeloom.cli.main import main
 hub.WAITS = (0.01, 0.02, 0.03)
 main(sys.argv[1:])
 """
+pytestmark = pytest.mark.slow  # every call is a process of its own, for its environment decides the cache
+
 WEIGHTS = "model.safetensors"
 
 
@@ -147,7 +149,6 @@ def test_a_commit_in_the_cache_needs_no_hub(hub, fetch, tiny_model):
     assert same(fetch("org/tiny@main", HF_HUB_OFFLINE="1"), tiny_model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_plan_leaves_no_snapshot_that_is_taken_for_the_model(hub, call, fetch, rows, pinned):
     name = f"org/tiny@{hub.repositories['org/tiny'].head}" if pinned else "org/tiny"

@@ -65,6 +65,7 @@ for name, settings in json.load(open(sys.argv[1])).items():
 """
 
 
+@pytest.mark.slow
 def test_hash_seed_and_thread_count_change_no_byte(tmp_path, models):
     documents = {method: listed(models, method) for method in ("linear", "dare_ties", "sce", "karcher")}
     (tmp_path / "merges.json").write_text(json.dumps(documents, default=str))

@@ -142,6 +142,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_two_selections_killed_at_every_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, two_selections(rows, 2)))
 

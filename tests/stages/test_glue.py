@@ -184,6 +184,7 @@ def test_a_damaged_model_is_left_out_with_its_reason(zoo: dict[str, Path], tmp_p
     assert any("near-b is left out" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_if_nothing_had_happened(zoo: dict[str, Path], glued: honeloom.Report) -> None:
     out = zoo["root"] / "killed"
     script = (

@@ -67,6 +67,7 @@ def test_scores_are_applied_by_id_without_a_model(picked, tmp_path):
     assert set(table.filter(table["selected"])["id"].to_pylist()) == wanted
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes(picked, tmp_path):
     pick(tmp_path / "two", workers=2)
     for name in ("scores.parquet", "clusters.parquet", "selected.jsonl"):
@@ -179,7 +180,7 @@ def _gone(group, seconds):
     return False
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_keeps_what_was_paid_and_leaves_no_process(tmp_path, workers):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "honeloom", "select", "lab:pool", "--method", "shed", "--model", "lab:base",

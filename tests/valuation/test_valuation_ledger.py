@@ -161,6 +161,7 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path):
         Ledger(path, "a")
 
 
+@pytest.mark.slow
 def test_a_pool_of_processes_gives_the_bits_of_this_one(tmp_path):
     utility, stop = Written(tmp_path / "calls"), TopStability(4, overlap=0.8)
     with ProcessPool(3) as pool:
