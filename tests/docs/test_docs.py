@@ -139,9 +139,8 @@ RUNNABLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n.startswith("docs/") else []) for n in RUNNABLE]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_blocks_of_a_page_run(name: str, desk: Path) -> None:
     play(ROOT / name, everything=False)
 

@@ -114,13 +114,8 @@ class Listener:
         return nullcontext(lambda amount: None)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "selected",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("not selected", "more-9", "ann-3", "calibrated", "test-2")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["selected", "not selected", "more-9", "ann-3", "calibrated", "test-2"])
 def test_what_changes_without_a_row_is_listed_and_withdrawing_does_the_same(drill, case):
     row = _selected(drill / "run", case == "selected") if "selected" in case else case
     if case == "calibrated":
