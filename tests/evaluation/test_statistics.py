@@ -69,3 +69,15 @@ def test_rows_without_tokens_do_not_unmake_the_interval_of_a_small_domain():
     assert np.isfinite([got.low, got.high]).all()
     assert got.low <= got.difference <= got.high
     assert got.n == 3
+
+
+def test_draws_over_domains_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    """2,000 draws of many rows do not fit in memory at once."""
+    rng = np.random.default_rng(5)
+    one, other = (np.stack([rng.random(70), rng.integers(1, 9, 70)], axis=1) for _ in range(2))
+    domains, shares = ["a"] * 30 + ["b"] * 40, {"a": 0.25, "b": 0.75}
+    found = []
+    for block in (1, 100, 1 << 40):
+        monkeypatch.setattr("honeloom.evaluation.statistics.BLOCK", block)
+        found.append(macro_bootstrap(one, other, domains, shares, resamples=300))
+    assert found[0] == found[1] == found[2]

@@ -127,9 +127,12 @@ def macro_bootstrap(
         pair = np.concatenate((one_N[labels == domain], other_N[labels == domain]), axis=1)
         pair = pair[(pair[:, 1] > 0) | (pair[:, 3] > 0)]  # draws of nothing but empty rows would have no mean
         count = len(pair)
-        numbers = uniform(seed, f"bootstrap/{domain}", resamples * count).numpy().reshape(resamples, count)
-        sums = pair[(numbers * count).astype(np.int64)].sum(axis=1)
-        draws += share * (sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3])
+        block = max(1, BLOCK // max(1, count))
+        for start in range(0, resamples, block):
+            some = min(block, resamples - start)
+            numbers = uniform(seed, f"bootstrap/{domain}", some * count, start=start * count).numpy()
+            sums = pair[(numbers.reshape(some, count) * count).astype(np.int64)].sum(axis=1)
+            draws[start : start + some] += share * (sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3])
         total = pair.sum(axis=0)
         middle += share * float(total[0] / total[1] - total[2] / total[3])
         rows += count

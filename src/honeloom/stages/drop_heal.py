@@ -234,7 +234,7 @@ def _tune(
     settings = TuneConfig(
         model=config.model, rows=config.heal, method=LoraMethodConfig(rank=config.heal_rank), lr=config.heal_lr,
         max_steps=config.heal_steps, batch_size=config.heal_batch_size, max_length=config.max_length,
-        group_by_length=True,  # a few hundred steps over rows of all lengths: half the time would be padding
+        group_by_length=True,  # rows of all lengths in few steps: less of a batch is padding
         seed=config.seed, device=config.device, dtype=config.dtype, attn=config.attn,
     )  # fmt: skip
     device = choose_device(config.device)
