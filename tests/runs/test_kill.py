@@ -167,6 +167,16 @@ def test_a_taken_over_run_killed_at_every_commit_point(tmp_path, rows):
     assert scene.straight()[1].count("rename 1-pick") == 0
 
 
+def test_of_two_interrupted_runs_the_one_with_more_stages_is_taken_over(tmp_path, rows):
+    scene = Scene(tmp_path, two_selections(rows, 2), before=two_selections(rows, 3))
+    scene.before.unlink()
+    (scene.start / "out").rename(scene.start / ".out.partial-0123456789abcdef")
+    empty = scene.start / ".out.partial-fedcba9876543210"
+    (empty / "stages").mkdir(parents=True)
+    os.utime(empty, (time.time() + 60, time.time() + 60))  # the later one
+    assert scene.straight()[1].count("rename 1-pick") == 0
+
+
 def test_merge_and_evaluate_killed_at_every_seventh_commit_point(tmp_path, with_models):
     check_every_kill(Scene(tmp_path, with_models), every=7)
 
