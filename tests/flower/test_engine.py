@@ -125,6 +125,32 @@ def test_a_node_that_comes_later_takes_part_and_one_that_never_comes_is_absent(t
     assert told == ["waiting for nodes of b, c"]  # a quorum of two was not there at first
 
 
+class Shy(FakeGrid):
+    """Node 33 is connected and says who it is only at its `look`."""
+
+    look = 10**9
+
+    def pull_messages(self, numbers):
+        shy = [n for n in numbers if self.waiting[n].metadata.dst_node_id == 33 and self.looks < self.look]
+        return super().pull_messages([n for n in numbers if n not in shy])
+
+
+def test_a_connected_node_has_until_the_deadline_to_say_who_it_is(tmp_path):
+    """A client's process may take longer to start than the patience."""
+    grid = Shy(NODES)
+    grid.look = 60  # a look is at least 10 ms, the patience 200 ms
+    _, replies = run(grid, tmp_path, deadline=30.0)
+    assert replies == {"a": b"a-1", "b": b"b-1", "c": b"c-1"} and grid.looks >= 60
+
+
+def test_a_node_that_never_says_who_it_is_costs_one_round(tmp_path):
+    one, first = run(grid := Shy(NODES), tmp_path, deadline=1.0)
+    assert first["c"].reason == "its node is not connected, for 1 s"
+    grid.looks = 0
+    second = dict(one.exchange(dict.fromkeys("abc", b"t"), 30.0, 2))
+    assert second["c"] == Silence("its node is not connected, for 0.2 s", "absent")
+
+
 def test_a_round_without_a_quorum_waits_until_its_deadline(tmp_path):
     _, replies = run(FakeGrid({11: {"client": "a"}}), tmp_path, deadline=0.8)
     assert replies["a"] == b"a-1"

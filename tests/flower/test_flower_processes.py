@@ -123,6 +123,19 @@ class Site:
             "--node-config", f'client="{name}" rows="{self.folder / name}.jsonl"', **env,
         )  # fmt: skip
 
+    def online(self, number):
+        """Wait until the SuperLink knows of that many connected nodes."""
+        listing = [str(BIN / "flwr"), "supernode", "list", "site", "--format", "json"]
+        how = {"cwd": self.folder, "env": self.env, "check": True, "capture_output": True, "timeout": 120}
+        begun = time.monotonic()
+        while time.monotonic() - begun < 120:
+            answer = subprocess.run(listing, **how)
+            nodes = json.loads(answer.stdout)["nodes"]
+            if sum(node["status"] == "online" for node in nodes) == number:
+                return
+            time.sleep(0.3)
+        pytest.fail(f"not {number} nodes are connected: {nodes}")
+
     def kill(self, name, number=signal.SIGKILL):
         process = self.running.pop(name)
         # What a program started may have groups of its own: take the whole tree, leaves last.
@@ -218,6 +231,7 @@ def test_faults_of_a_deployment_cost_their_clients_alone(site, tiny_model, tmp_p
     site.supernode("a")
     site.supernode("b", fault="nan@2")
     site.supernode("c", fault="shape@3")
+    site.online(3)  # the patience below is short
 
     def watch(text):
         if text.startswith("round 1/"):
@@ -309,7 +323,7 @@ def test_a_node_that_missed_three_rounds_rejoins_by_replay(site, tiny_model, tmp
             site.kill("a")
         if text.startswith("round 4/"):
             site.supernode("a")
-            time.sleep(20)
+            site.online(3)
 
     how = {"rounds": 6, "quorum": 0.5, "uplink": "scalars", "aggregation": "ffa", **MEZO}
     setup = deployment(site)

@@ -63,8 +63,8 @@ class FlowerEngine:
     """Carries messages over a grid to whichever node says that it is a client.
 
     A round begins for a client as soon as its node is connected. Whoever is not there within the
-    patience, counted from when the quorum was reached, is absent; who does not reply within the
-    deadline is late, and its reply is not used when it comes.
+    patience, counted from when the quorum was reached and every connected node has said who it is,
+    is absent; who does not reply within the deadline is late, and its reply is not used when it comes.
 
     Parameters
     ----------
@@ -97,6 +97,7 @@ class FlowerEngine:
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         self._claims: dict[int, str | None] = {}
+        self._mute: set[int] = set()  # nodes that failed to say who they are, or did not in a whole round
         self._told: set[str] = set()
         self._sent: dict[str, _Sent] = {}
 
@@ -128,6 +129,8 @@ class FlowerEngine:
             if len(open_) - len(gone) < needed:
                 missed = dict.fromkeys(gone, now)  # too few are there to go on without the others
                 self._warn(f"waiting for nodes of {', '.join(gone)}")
+            elif self._unnamed():
+                missed = dict.fromkeys(gone, now)  # a client's process takes seconds to start: this may be one of them
             for name, since in missed.items():
                 if now - since >= self.config.patience:
                     del open_[name]
@@ -135,11 +138,16 @@ class FlowerEngine:
             if not self._wanted():
                 raise HoneloomError("the command that began this federation is gone; `--resume` goes on")
             time.sleep(POLL)
+        self._mute.update(self._unnamed())
         for name in open_:
             if self._nodes.get(name) in {node.node_id for node in self.grid.get_nodes()}:
                 yield name, Silence(f"no reply within {deadline:.0f} s", "late")
             else:
                 yield name, Silence(f"its node is not connected, for {deadline:.0f} s")
+
+    def _unnamed(self) -> list[int]:
+        """Connected nodes that were asked who they are and may still say so."""
+        return [node for node, name in self._claims.items() if name is None and node not in self._mute]
 
     def _meet(self, online: Mapping[int, object]) -> None:
         """Ask new nodes who they are, and let each client be the node that says so."""
@@ -155,6 +163,7 @@ class FlowerEngine:
             node = self._asked.pop(message.metadata.reply_to_message_id, -1)
             if message.has_error():
                 self._claims.pop(node, None)
+                self._mute.add(node)
                 self._warn(f"node {node} does not say who it is: {_why(message)}")
             elif node in self._claims:
                 self._claims[node] = plain(told_in(message.content, "client"))[:64]
