@@ -44,7 +44,7 @@ __all__ = ["app", "main"]
 mend_typer()
 app = typer.Typer(
     name="honeloom",
-    help="Adapt open language models: choose rows, tune, merge, drop layers, and prove every step.",
+    help="Adapt open language models: choose rows, tune, federate, merge, mix, drop layers, and prove every step.",
     no_args_is_help=True,
     rich_markup_mode=None,
     suggest_commands=False,  # click suggests already
@@ -71,7 +71,7 @@ def _print_version(value: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Adapt open language models: choose rows, tune, merge, drop layers, and prove every step."""
+    """Adapt open language models: choose rows, tune, federate, merge, mix, drop layers, and prove every step."""
 
 
 def main(arguments: list[str] | None = None) -> None:
