@@ -299,13 +299,20 @@ def test_without_a_hub_the_process_ends_at_once(call, rows, reason):
         "no such host": {"HF_ENDPOINT": "http://hub.invalid"},
     }[reason]
     call("-c", "import honeloom.cli.main, huggingface_hub.hf_api, pydantic, numpy")  # a cold disk is not what is timed
-    started = time.monotonic()
+    started, used = time.monotonic(), children_seconds()
     done = call("-m", "honeloom", "evaluate", "org/tiny", "--rows", rows, **variables)
-    seconds = time.monotonic() - started
+    used, seconds = children_seconds() - used, time.monotonic() - started
     assert done.returncode == 2
     why = "HF_HUB_OFFLINE is set" if reason == "offline" else f"the hub at {variables['HF_ENDPOINT']} cannot be reached"
     assert f"model org/tiny: there is no such folder, config.json is not in the local cache and {why}" in done.stderr
-    assert seconds < 2
+    assert used < 3
+    assert seconds < 10  # on a busy machine; a hub that is asked again and again costs a minute
+
+
+def children_seconds() -> float:
+    """Processor seconds of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_a_model_of_the_hub_is_evaluated_and_its_commit_recorded(hub, call, rows, tmp_path):

@@ -77,12 +77,17 @@ def test_code_of_a_repository_is_never_imported(cli, rows, model, canary, file):
     assert not [name for name in sys.modules if "stranger" in name]
 
 
-def test_offline_a_hub_id_fails_at_once_and_names_repository_and_file(cli, rows):
+def test_offline_a_hub_id_fails_at_once_and_names_repository_and_file(cli, rows, monkeypatch):
     import huggingface_hub  # noqa: F401 - its import is not the work that is timed
 
-    started = time.monotonic()
+    def no_network(*_, **__):
+        raise AssertionError("offline, nothing is asked")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    started = time.process_time()
     done = cli("evaluate", "nobody-here/absent-model@main", "--rows", rows)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert done.code == 2
     assert "nobody-here/absent-model@main: there is no such folder, config.json is not in the local cache" in done.err
     assert "HF_HUB_OFFLINE is set" in done.err

@@ -41,9 +41,9 @@ def test_tags_are_refused_and_nothing_runs(tmp_path, tag):
 def test_aliases_that_explode_are_refused_at_once():
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    started = time.monotonic()
+    started = time.process_time()
     assert "more than 100,000 nodes once its aliases are expanded" in refused("\n".join(lines))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "more than 100,000 nodes" in refused("a: &a [*a]")
 
 
