@@ -26,7 +26,9 @@ def weights(folder):
         return {name: file.read(name) for name in file.names()}
 
 
-@pytest.mark.parametrize("more", [{}, {"method": "full"}, {"perturb": "b"}])
+@pytest.mark.parametrize(
+    "more", [{}, *(pytest.param(m, marks=pytest.mark.slow) for m in ({"method": "full"}, {"perturb": "b"}))]
+)
 def test_auto_trains_and_the_loss_falls(tmp_path, more):
     optimizer = {**AUTO["optimizer"], **{k: v for k, v in more.items() if k == "perturb"}}
     how = {"lr": "auto", "optimizer": optimizer, **{k: v for k, v in more.items() if k != "perturb"}}

@@ -59,8 +59,10 @@ def test_b_alone_leaves_a_as_it_was_drawn(tmp_path):
     assert all(bool(mine[n].any()) for n in mine if "lora_B" in n)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("after", [1, 7])
+@pytest.mark.parametrize(
+    ("after", "method"),
+    [(1, "lora"), (7, "full"), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, "full"), (7, "lora")))],
+)
 def test_an_interrupted_training_replays_and_ends_with_the_same_bytes(tmp_path, method, after, monkeypatch):
     how = {"method": method, "optimizer": {"type": "mezo", "directions": 2}, "lr": 1e-4, "max_steps": 10}
     tune(tmp_path / "straight", **how)

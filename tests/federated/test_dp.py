@@ -116,7 +116,7 @@ def test_each_client_has_the_epsilon_of_its_own_rate():
     [
         (1.0, 0.01, 100, 1e-6, 1),
         (3.0, 1.0, 100, 1e-6, 1),
-        (2.0, 0.02, 50, 1e-6, 4),
+        pytest.param(2.0, 0.02, 50, 1e-6, 4, marks=pytest.mark.slow),
         pytest.param(8.0, 0.05, 30, 1e-5, 1, marks=pytest.mark.slow),
     ],
 )

@@ -752,7 +752,14 @@ def test_a_federation_through_the_door(tmp_path):
     assert scored.metrics
 
 
-@pytest.mark.parametrize("at", ["report.json", "manifest.json", "adapter_model", "rounds.jsonl"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "report.json",
+        "rounds.jsonl",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("manifest.json", "adapter_model")),
+    ],
+)
 def test_an_interrupt_late_in_the_work_costs_none_of_it(tmp_path, at):
     """Whatever is being written after the last round, the same command goes on from there."""
     how = {"rows": "lab:dev", "limit": 40, "partition": {"type": "iid", "n": 2}, "ranks": 2, "rounds": 1,

@@ -670,10 +670,13 @@ def test_clients_tune_by_forward_passes_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"aggregation": "svd"}, {"aggregation": "flora"}, {"aggregation": "rolora", "ranks": 2},
-        {"aggregation": "fedit", "ranks": 2, "perturb": "b"}, {"aggregation": "svd", "directions": 2, "clip": 0.5},
+        {"aggregation": "svd"},
+        pytest.param({"aggregation": "flora"}, marks=pytest.mark.slow),
+        pytest.param({"aggregation": "rolora", "ranks": 2}, marks=pytest.mark.slow),
+        pytest.param({"aggregation": "fedit", "ranks": 2, "perturb": "b"}, marks=pytest.mark.slow),
+        {"aggregation": "svd", "directions": 2, "clip": 0.5},
     ],
-)  # fmt: skip
+)
 def test_scalars_say_what_tensors_say(tmp_path, changes):
     """The server has the very factors, whatever the rule makes of them; a message is some hundred bytes."""
     mezo = {"type": "mezo", "direction": "rademacher", **{k: v for k, v in changes.items() if k in MEZO}}
@@ -746,7 +749,7 @@ def test_scalars_lead_the_server_where_the_client_went_and_a_replay_of_them_nowh
     assert server.ingest("client-0", sent) == "late"  # of round 1
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_pool_through_the_door(tmp_path, method):
     how = {"rows": "lab:dev", "partition": {"type": "domain", "n": 2}, "rounds": 2, "local_steps": 20, "batch_size": 4,
            "max_length": 48, "uplink": "seed-pool", "pool_size": 128, "method": method, "dtype": "fp32",

@@ -147,6 +147,7 @@ def test_two_selections_killed_at_every_commit_point(tmp_path, rows):
     check_every_kill(Scene(tmp_path, two_selections(rows, 2)))
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_every_eleventh_commit_point(tmp_path, rows):
     """Two of its points share a stage, whose settings come out the same."""
     check_every_kill(Scene(tmp_path, f"{two_selections(rows, 2)}sweep: {{pick.keep: [50%, 6]}}\n"), every=11)
@@ -177,8 +178,8 @@ def test_of_two_interrupted_runs_the_one_with_more_stages_is_taken_over(tmp_path
     assert scene.straight()[1].count("rename 1-pick") == 0
 
 
-def test_merge_and_evaluate_killed_at_every_seventh_commit_point(tmp_path, with_models):
-    check_every_kill(Scene(tmp_path, with_models), every=7)
+def test_merge_and_evaluate_killed_at_every_twentieth_commit_point(tmp_path, with_models):
+    check_every_kill(Scene(tmp_path, with_models), every=20)
 
 
 @pytest.mark.slow

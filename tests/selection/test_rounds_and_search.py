@@ -50,6 +50,7 @@ def open_data(rows, **ports):
 # depths
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_depth_at_which_the_probe_errs_least():
     data, said, _ = open_data(table())
     scores = daar(data, clusters=KINDS, embedding=CLEAR, sweep=[0.0, 0.5, 1.0])

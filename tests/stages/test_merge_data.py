@@ -223,7 +223,7 @@ def interrupted(monkeypatch, config, out):
     return work / FOLDER
 
 
-@pytest.mark.parametrize("kind", ["fisher", "regmean"])
+@pytest.mark.parametrize("kind", ["fisher", pytest.param("regmean", marks=pytest.mark.slow)])
 def test_a_resumed_merge_measures_no_more(tuned, tmp_path, monkeypatch, kind):
     config, out = recipe(tuned, kind), tmp_path / "out"
     folder = interrupted(monkeypatch, config, out)

@@ -81,6 +81,7 @@ def test_stages_run_once_for_all_points_that_share_them(recipe, tmp_path):
     assert honeloom.run(tmp_path / "run" / "recipe.lock.yaml", output_dir=tmp_path / "run").reused
 
 
+@pytest.mark.slow
 def test_a_value_more_runs_only_what_it_reaches(recipe, tmp_path):
     honeloom.run(recipe, output_dir=tmp_path / "run")
     stamps = {n: (tmp_path / "run" / "stages" / n / "report.json").stat().st_mtime_ns for n in ALL}

@@ -143,6 +143,7 @@ def test_the_files(zoo, cluster, tmp_path):
         assert archive["all"][names.index("chat"), names.index("code")] > 0.95
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_another_process_with_another_number_of_threads(zoo, cluster, tmp_path):
     script = """if True:
         import sys
