@@ -22,7 +22,7 @@ demo: setup
 	@$(BIN)/honeloom demo $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not browser and not flower and not llama_cpp and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not browser and not flower and not llama_cpp and not gpu" $(ARGS)
 
 test-all: setup
 	@$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
