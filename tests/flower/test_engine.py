@@ -143,12 +143,39 @@ def test_a_connected_node_has_until_the_deadline_to_say_who_it_is(tmp_path):
     assert replies == {"a": b"a-1", "b": b"b-1", "c": b"c-1"} and grid.looks >= 60
 
 
-def test_a_node_that_never_says_who_it_is_costs_one_round(tmp_path):
-    one, first = run(grid := Shy(NODES), tmp_path, deadline=1.0)
+def test_a_node_that_never_says_who_it_is_costs_one_deadline(tmp_path):
+    told = []
+    one, first = run(Shy(NODES), tmp_path, deadline=1.0, told=told)
     assert first["c"].reason == "its node is not connected, for 1 s"
-    grid.looks = 0
-    second = dict(one.exchange(dict.fromkeys("abc", b"t"), 30.0, 2))
+    assert told == ["node 33 is connected and does not say who it is; its log may say why"]
+    second = dict(one.exchange(dict.fromkeys("abc", b"t"), 1.0, 2))
     assert second["c"] == Silence("its node is not connected, for 0.2 s", "absent")
+
+
+def test_a_node_that_connects_as_a_round_ends_is_waited_for_in_the_next(tmp_path):
+    grid = Shy(NODES)
+    one, first = run(grid, tmp_path, tasks="ab", deadline=30.0)
+    assert first == {"a": b"a-1", "b": b"b-1"}
+    grid.look = grid.looks + 60
+    second = dict(one.exchange(dict.fromkeys("abc", b"t"), 30.0, 2))
+    assert second == {"a": b"a-2", "b": b"b-2", "c": b"c-2"}
+
+
+@pytest.mark.parametrize(("code", "replies"), [(8, 2), (5, 3)])
+def test_a_node_that_cannot_say_who_it_is_is_not_waited_for_unless_it_was_away(tmp_path, code, replies):
+    """33 fails to answer at its first 60 looks: its program is broken, or it is starting again."""
+
+    class Failing(FakeGrid):
+        def pull_messages(self, numbers):
+            for found, number in zip(super().pull_messages(numbers), numbers, strict=False):
+                if self.looks < 60 and self.sent[int(number)].metadata.dst_node_id == 33:
+                    found.error, found.has_error = Error(code, "no module named x"), lambda: True
+                yield found
+
+    grid = Failing(NODES)
+    _, got = run(grid, tmp_path, deadline=30.0)
+    assert sum(isinstance(reply, bytes) for reply in got.values()) == replies
+    assert replies == 3 or got["c"] == Silence("its node is not connected, for 0.2 s", "absent")
 
 
 def test_a_round_without_a_quorum_waits_until_its_deadline(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class FlowerEngine:
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         self._claims: dict[int, str | None] = {}
-        self._mute: set[int] = set()  # nodes that failed to say who they are, or did not in a whole round
+        self._since: dict[int, float] = {}  # when each connected node was first asked who it is
         self._told: set[str] = set()
         self._sent: dict[str, _Sent] = {}
 
@@ -129,7 +130,7 @@ class FlowerEngine:
             if len(open_) - len(gone) < needed:
                 missed = dict.fromkeys(gone, now)  # too few are there to go on without the others
                 self._warn(f"waiting for nodes of {', '.join(gone)}")
-            elif self._unnamed():
+            elif self._unnamed(now - deadline):
                 missed = dict.fromkeys(gone, now)  # a client's process takes seconds to start: this may be one of them
             for name, since in missed.items():
                 if now - since >= self.config.patience:
@@ -138,32 +139,36 @@ class FlowerEngine:
             if not self._wanted():
                 raise HoneloomError("the command that began this federation is gone; `--resume` goes on")
             time.sleep(POLL)
-        self._mute.update(self._unnamed())
+        for node in self._unnamed() if open_ else ():
+            self._warn(f"node {node} is connected and does not say who it is; its log may say why")
         for name in open_:
             if self._nodes.get(name) in {node.node_id for node in self.grid.get_nodes()}:
                 yield name, Silence(f"no reply within {deadline:.0f} s", "late")
             else:
                 yield name, Silence(f"its node is not connected, for {deadline:.0f} s")
 
-    def _unnamed(self) -> list[int]:
-        """Connected nodes that were asked who they are and may still say so."""
-        return [node for node, name in self._claims.items() if name is None and node not in self._mute]
+    def _unnamed(self, since: float = -math.inf) -> list[int]:
+        """Connected nodes that have not said who they are, of those first asked after a moment."""
+        return [node for node, first in self._since.items() if self._claims.get(node) is None and first > since]
 
     def _meet(self, online: Mapping[int, object]) -> None:
         """Ask new nodes who they are, and let each client be the node that says so."""
         # Who went away may come back as somebody else, and whose answer failed is asked again.
         self._claims = {node: name for node, name in self._claims.items() if node in online}
+        self._since = {node: since for node, since in self._since.items() if node in online}
         for node in online:
             if node not in self._claims:
                 number = self._push(pack(b"", setup=self._text), node, MessageType.QUERY)
                 if number is not None:
                     self._claims[node] = None
+                    self._since.setdefault(node, time.monotonic())
                     self._asked[number] = node
         for message in list(self.grid.pull_messages(list(self._asked))) if self._asked else []:
             node = self._asked.pop(message.metadata.reply_to_message_id, -1)
             if message.has_error():
                 self._claims.pop(node, None)
-                self._mute.add(node)
+                if node in self._since and message.error.code != NODE_GONE:
+                    self._since[node] = -math.inf  # asked again, but nobody waits for it
                 self._warn(f"node {node} does not say who it is: {_why(message)}")
             elif node in self._claims:
                 self._claims[node] = plain(told_in(message.content, "client"))[:64]
